@@ -68,6 +68,7 @@ class LoadedModel:
     def encode_chat(
         self,
         messages: Conversation,
+        /,
         *,
         chat_template: str | None = None,
         add_special_tokens: bool = False,
@@ -77,9 +78,15 @@ class LoadedModel:
 
         chat_template: its source; None takes the model's own. add_special_tokens: put those before
         it that the model wants before a text; most templates write them themselves.
+        template_variables: more for the template. InvalidArgumentError for one named "messages".
         """
         from octavo.text.chat import ChatTemplate, special_tokens
 
+        if "messages" in template_variables:
+            raise InvalidArgumentError(
+                "chat_template_kwargs has 'messages', which the conversation is; expected other "
+                "names"
+            )
         tokenizer = self._need_tokenizer()
         template = self.chat_template
         if chat_template is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_runtime import VOCAB
-from server_helpers import TEMPLATE, error_of, fake_llm, run, serving
+from server_helpers import TEMPLATE, error_of, fake_llm, run, serving, slow_down
 
 from octavo.llm import LLM
 from octavo.server.logs import JsonFormatter
@@ -88,6 +88,10 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"a": 1, "chat_template": "x"}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"add_special_tokens": True}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"self": {}}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"documents": []}}, "chat_template_kwargs"),
     (CHAT, {"continue_final_message": True}, "continue_final_message"),
     (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
 ]
@@ -169,6 +173,24 @@ def test_what_was_said_is_not_in_the_log(tmp_path: Path, caplog: pytest.LogCaptu
     for error, (_, _, word) in zip(errors, SAID, strict=False):
         assert word in error
     assert "the model 'other' is not served here" in errors[-1] and len(errors) == len(SAID) + 1
+
+
+@pytest.mark.parametrize(("choice", "has_begun"), [(["no", "yes"], True), (["n", "y"], False)])
+def test_constraints_that_leave_no_token_are_the_clients(
+    llm: LLM, choice: list[str], has_begun: bool
+) -> None:
+    async def test() -> None:
+        slow_down(llm, 0.03)  # so that a first token is written before the second is chosen
+        async with serving(llm) as (client, _):
+            body = {"prompt": "ABC", "guided_choice": choice, "bad_words": choice}
+            error = error_of(await client.post(COMPLETIONS, json=body), 400)
+            assert error["code"] == "no_token_allowed" and "bad_words" in error["message"]
+            response = await client.post(COMPLETIONS, json={**body, "stream": True})
+            assert response.status_code == (200 if has_begun else 400)
+            last = response.text.removesuffix("\n\ndata: [DONE]\n\n").split("data: ")[-1]
+            assert json.loads(last)["error"]["code"] == "no_token_allowed"
+
+    run(test)
 
 
 def test_a_prompt_that_does_not_fit(llm: LLM) -> None:

@@ -18,6 +18,7 @@ from text_helpers import sentencepiece_directory
 from octavo import LLM, SamplingParams
 from octavo.cli import main
 from octavo.engine.outputs import OutputChunk, TokenLogprob
+from octavo.errors import InvalidArgumentError
 from octavo.server.formats import ChatFormat, Head
 from octavo.server.prompt_logprobs import unique_names
 from octavo.text.places import TokenPlaces
@@ -355,6 +356,15 @@ def test_fields_that_make_the_prompt_are_honoured(tmp_path):
     wrong = ask(llm, {"chat_template": "{% if %}"})[0]
     assert wrong.status_code == 400
     assert "chat_template is malformed at line 1" in wrong.json()["error"]["message"]
+
+
+def test_variables_of_a_template_in_python(tmp_path):
+    llm = load(write_parrot(tmp_path, say("yes"), template="{{ self_ }}{{ self }}{{ date }}<go>"))
+    with pytest.raises(InvalidArgumentError, match="chat_template_kwargs has 'messages'"):
+        llm.chat(USER, chat_template_kwargs={"messages": USER * 2})
+    variables = {"self_": 1, "self": 2, "extra": 3, "date": "4/5"}
+    (output,) = llm.chat(USER, chat_template_kwargs=variables)
+    assert output.prompt.endswith("4/5<go>") and output.outputs[0].text == "yes"
 
 
 def test_a_template_of_a_request_may_teach_its_own_way_of_calling(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
@@ -28,13 +29,13 @@ from octavo.server.structured import (
     structured_outputs,
 )
 from octavo.server.tools import ToolFormat, tag_ids
+from octavo.text.chat import ChatTemplate
 from octavo.text.places import TokenPlaces
 
 if TYPE_CHECKING:
     from octavo.model import LoadedModel
 
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI and vLLM have it
-_TEMPLATE_ARGUMENTS = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
 
 
 def encode_completion(model: LoadedModel, body: CompletionBody) -> list[EncodedPrompt]:
@@ -58,10 +59,11 @@ def encode_chat(
             "continue_final_message",
         )
     extra = body.chat_template_kwargs or {}
-    taken = sorted(_TEMPLATE_ARGUMENTS & extra.keys())
+    taken = sorted(extra.keys() & _template_arguments(model)) if extra else []
     if taken:
         raise bad_request(
-            f"chat_template_kwargs has {taken[0]!r}, which is a field of its own",
+            f"chat_template_kwargs has {taken[0]!r}, which is no variable of a template: use the "
+            "field of that name, or another name",
             "chat_template_kwargs",
         )
     variables: dict[str, Any] = {**extra, "documents": body.documents}
@@ -82,6 +84,13 @@ def encode_chat(
         raise to_api_error(error, "messages") from error
     kept = tag_ids(model.tokenizer, _answer_tools(body, tool_format))
     return replace(prompt, kept_special_ids=kept)
+
+
+def _template_arguments(model: LoadedModel) -> set[str]:
+    """Names that the functions which make a prompt, or the fields of a body, have themselves."""
+    functions = (type(model).encode_chat, ChatTemplate.render)
+    found = [each for one in functions for each in signature(one).parameters.values()]
+    return {each.name for each in found if each.kind != each.VAR_KEYWORD} | {"tools", "documents"}
 
 
 def _answer_tools(body: ChatFields, tool_format: ToolFormat | None) -> ToolFormat | None:

@@ -18,6 +18,7 @@ from octavo.server.formats import DONE, Format, to_json, usage_of
 from octavo.server.protocol import SamplingBody, StreamOptions
 from octavo.server.stream import EngineRequest, ResultStream
 
+_NO_TOKEN = "its constraints forbid every token"  # as engine/steering.py says it
 CLIENT_GONE = 499  # nginx's number for it; never sent, only logged
 
 
@@ -189,8 +190,11 @@ async def _call_on_disconnect(receive: Receive, function: Callable[[], None]) ->
 
 
 def _check_result(result: RequestOutput, request: EngineRequest, *, may_be_late: bool) -> None:
-    """Raise an ApiError where the model failed, or where the deadline passed."""
+    """Raise an ApiError where the request or the model failed, or where the deadline passed."""
     if result.error is not None:
+        if _NO_TOKEN in result.error:  # the client's fault, as the words and grammars are
+            advice = "leave out what the others contradict (bad_words, allowed_token_ids, …)"
+            raise ApiError(400, f"{result.error}: {advice}", code="no_token_allowed")
         raise ApiError(500, result.error, code="model_error")
     if may_be_late or all(output.finish_reason != "timeout" for output in result.outputs):
         return

@@ -55,7 +55,7 @@ class ChatTemplate:
         return cls(templates[name], special_tokens=special_tokens(config), origin=origin)
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any
+        self, messages: Sequence[Message], /, add_generation_prompt: bool = True, **extra: Any
     ) -> str:
         """The prompt for `messages`; encode it with add_special_tokens=False.
 
