@@ -215,6 +215,13 @@ def test_a_call_that_is_cut_off_says_so(tagged: LLM) -> None:
             body = message(tools=TOOLS, tool_choice="required", max_tokens=44)
             (whole,) = (await client.post(CHAT, json=body)).json()["choices"]
             assert whole["finish_reason"] == "length"
+            for length in (1, 3, 9):  # before its name is whole
+                cut = {**body, "max_tokens": length}
+                (whole,) = (await client.post(CHAT, json=cut)).json()["choices"]
+                streamed = events_of((await client.post(CHAT, json={**cut, "stream": True})).text)
+                deltas = [event["choices"][0]["delta"] for event in streamed]
+                assert whole["message"] == {"role": "assistant", "content": ""}
+                assert not any(delta.get("content") or "tool_calls" in delta for delta in deltas)
 
     run(test)
 

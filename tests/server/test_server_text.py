@@ -199,6 +199,22 @@ def test_the_tokens_of_a_completion_have_names_and_places(unicorn, stream):
         assert top[token] == logprob
 
 
+@pytest.mark.parametrize("text", ["a<|s|>bé", "<|s|>ab", "a<|s|><|s|>", "é<go>"])
+def test_the_tokens_of_an_echo_stand_where_it_says(tmp_path, text):
+    llm = load(write_parrot(tmp_path, say("yes"), special=["<|s|>"]))
+    body = {"echo": True, "logprobs": 1, "max_tokens": 3, "ignore_eos": True}
+    bodies = [{**body, "prompt": prompt} for prompt in (text, llm.tokenizer.encode(text))]
+    of_text, of_ids = (response.json() for response in ask(llm, *bodies, path=COMPLETIONS))
+    assert of_text["choices"] == of_ids["choices"]
+    (choice,) = of_ids["choices"]
+    assert choice["text"].startswith(text)
+    rows = zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True)
+    for token, offset in rows:
+        character = "é" if token.startswith("bytes:") else token
+        is_hidden = offset >= len(text) and token == END
+        assert is_hidden or choice["text"].startswith(character, offset), (token, offset)
+
+
 ENDS: list[dict[str, Any]] = [
     {"skip_special_tokens": False},
     {"skip_special_tokens": False, "include_stop_str_in_output": True},

@@ -192,11 +192,9 @@ class ChatFormat(Format):
                 elif isinstance(piece, Arguments):
                     calls[-1]["function"]["arguments"] += piece.text
             calls = calls[: self._max_calls]
-            if calls or self._forced:  # a forced call that was cut off is no text
-                text = "".join(piece for piece in pieces if isinstance(piece, str))
-                message["content"] = text.strip() or None
+            text = message["content"] = "".join(each for each in pieces if isinstance(each, str))
             if calls:
-                message["tool_calls"] = calls
+                message |= {"content": text.strip() or None, "tool_calls": calls}
                 finish_reason = _with_calls(finish_reason)
         content = {"message": message}
         return self._choice(index, content, output.logprobs, finish_reason, output.stop_reason)

@@ -134,7 +134,7 @@ def completion_format(
         if text is None:
             if model.tokenizer is None:
                 raise bad_request("echo is true, but this model has no tokenizer", "echo")
-            text = model.tokenizer.decode(prompt.token_ids)
+            text = model.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
         echoes += [text] * body.num_answers
     places = partial(TokenPlaces, model.tokenizer, skip, continues=True)
     shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs, body.logprobs)
