@@ -108,10 +108,18 @@ class Words:
 
 
 @pytest.mark.parametrize(
-    ("echo", "offsets"), [("étwo three", [0, 0, 1, 5]), ("<s>é two three", [0, 3, 4, 8])]
+    ("echo", "tokens", "offsets"),
+    [
+        ("étwo three", (0, 1, 2, 3), [0, 0, 1, 5]),
+        ("<s>é two three", (0, 1, 2, 3), [0, 3, 4, 8]),
+        ("<s>é two", (0, 0, 1, 2), [0, 0, 3, 4]),
+        ("<s><s>é two", (0, 0, 1, 2), [0, 3, 6, 7]),
+        ("<s><s>é", (0, 0, 0, 1), [0, 0, 3, 6]),
+    ],
 )
-def test_a_token_before_the_text_is_not_in_it(echo: str, offsets: list[int]) -> None:
-    tokens = (0, 1, 2, 3)
+def test_a_token_before_the_text_is_not_in_it(
+    echo: str, tokens: tuple[int, ...], offsets: list[int]
+) -> None:
     entries = (None, *(TokenLogprob(token, -float(token)) for token in tokens[1:]))
     metrics = RequestMetrics(0.0, 0.0, 0.0, 0.0, 4, 0, 0)
     result = RequestOutput(
@@ -120,7 +128,7 @@ def test_a_token_before_the_text_is_not_in_it(echo: str, offsets: list[int]) -> 
     answered = {"tokens": ["!"], "token_logprobs": [-9.0], "top_logprobs": [{}], "text_offset": [0]}
     shown = PromptLogprobs(Words(), None, 0)  # type: ignore[arg-type]
     found = shown.before(answered, result, echo)
-    assert found["tokens"] == ["<s>", "é", " two", "three", "!"]
+    assert found["tokens"] == [*(Words.words[token] for token in tokens), "!"]
     assert found["text_offset"] == [*offsets, len(echo)]
-    assert found["token_logprobs"] == [None, -1.0, -2.0, -3.0, -9.0]
+    assert found["token_logprobs"] == [None, *(-float(token) for token in tokens[1:]), -9.0]
     assert np.diff(found["text_offset"]).min() >= 0

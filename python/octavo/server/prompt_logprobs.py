@@ -6,6 +6,7 @@ Also the format of /v1/completions for an answer's: with `echo`, one list holds 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from octavo.engine.outputs import RequestOutput, TokenLogprob
@@ -50,11 +51,14 @@ class PromptLogprobs:
         special = frozenset() if self._tokenizer is None else self._tokenizer.special_ids
         shown = TokenPlaces(self._tokenizer, False, continues=False)
         added = TokenPlaces(self._tokenizer, True, continues=False)  # not in the text, as a BOS
+        leading = takewhile(special.__contains__, result.prompt_token_ids)
+        names = [shown.name(token) for token in leading]
+        num_added = 0
+        while not echo.startswith("".join(names[num_added:])):
+            num_added += 1
         rows: list[tuple[Any, ...]] = []
-        in_text = False
         for token, entry in zip(result.prompt_token_ids, result.prompt_logprobs, strict=True):
-            in_text = in_text or token not in special or echo.startswith(shown.name(token))
-            places = shown if in_text else added
+            places = added if len(rows) < num_added else shown
             rows.append(_legacy_row(places, token, entry and _shortened(entry, self._echoed)))
             places.advance(token)
         both = {key: [row[i] for row in rows] + logprobs[key] for i, key in enumerate(_LEGACY)}
