@@ -205,6 +205,13 @@ def test_llama_3_writes_calls_without_tags(tmp_path: Path) -> None:
                 for call in whole["message"]["tool_calls"]:
                     assert json.loads(call["function"]["arguments"]).keys() <= {"x", "to"}
             assert len(numbers) > 1
+            # What a schema demands is the answer, even where it looks like a call.
+            wanted = {"const": {"name": "go", "parameters": {"x": 1}}}
+            schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": wanted}}
+            body = message(tools=TOOLS, response_format=schema)
+            (whole,) = (await client.post(CHAT, json=body)).json()["choices"]
+            assert json.loads(whole["message"]["content"]) == wanted["const"]
+            assert whole["finish_reason"] == "stop" and "tool_calls" not in whole["message"]
 
     run(test)
 

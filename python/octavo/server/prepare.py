@@ -94,9 +94,14 @@ def _template_arguments(model: LoadedModel) -> set[str]:
 
 
 def _answer_tools(body: ChatFields, tool_format: ToolFormat | None) -> ToolFormat | None:
-    """How calls are written in the answer to `body`; None: no calls are looked for."""
-    choice = body.tool_choice if isinstance(body, ChatBody) else None
-    return tool_format if body.tools and choice != "none" else None
+    """How calls are written in the answer to `body`; None: no calls are looked for.
+
+    JSON that a schema demands is the answer, even where it looks like a call.
+    """
+    if not body.tools or (isinstance(body, ChatBody) and body.tool_choice == "none"):
+        return None
+    is_schema = isinstance(body, ChatBody) and forced_tools(body) is None and structured_field(body)
+    return None if is_schema else tool_format
 
 
 def chat_format(
