@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from octavo.config import EngineConfig
+from octavo.engine.adapters import AdapterTable
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestOutput, refused_output
 from octavo.engine.request import derive_seed
@@ -302,11 +303,11 @@ class LLM(LoadedModel):
         Raises InvalidArgumentError for a name that is taken, AdaptersInUseError, and what reading
         it raises.
         """
-        self.between_steps(lambda engine: engine.adapters.add(name, Path(folder)))
+        self._change_adapters(lambda adapters: adapters.add(name, Path(folder)))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; answers that use it go on. AdapterNotFoundError for an unknown one."""
-        self.between_steps(lambda engine: engine.adapters.remove(name))
+        self._change_adapters(lambda adapters: adapters.remove(name))
 
     def between_steps(self, function: Callable[[Engine], T]) -> T:
         """Run a function of the engine while no thread changes it: to read its event log, say.
@@ -326,17 +327,24 @@ class LLM(LoadedModel):
             raise InvalidArgumentError("adapter and lora_request are both given; expected one")
         name, folder = request.lora_name, Path(request.lora_path)
 
-        def load(engine: Engine) -> None:  # one command: other threads may ask for the same adapter
-            known = engine.adapters.paths.get(name)
+        def load(adapters: AdapterTable) -> None:  # other threads may ask for the same adapter
+            known = adapters.paths.get(name)
             if known is None:
-                engine.adapters.add(name, folder)
+                adapters.add(name, folder)
             elif known != folder:
                 raise InvalidArgumentError(
                     f"the adapter {name!r} is {known}, not {folder}; expected a name of its own"
                 )
 
-        self.between_steps(load)
+        self._change_adapters(load)
         return name
+
+    def _change_adapters(self, change: Callable[[AdapterTable], None]) -> None:
+        def command(engine: Engine) -> None:
+            with engine.guard:  # which a closed engine lets nobody in
+                change(engine.adapters)
+
+        self.between_steps(command)
 
     def _run_all(
         self,

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from octavo.engine.outputs import RequestOutput
 from octavo.errors import EngineClosedError, InvalidArgumentError, TokenizerError
 from octavo.llm import LLM
 from octavo.models.adapter import Adapter
+from octavo.prompts import LoRARequest
 from octavo.sampling_params import SamplingParams
 from octavo.text.chat import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
@@ -394,7 +395,14 @@ def test_a_closed_model_frees_its_runtime(llm: LLM) -> None:
         stream = llm.stream("ABC", GREEDY)
         next(stream)
     assert runtime() is None
-    for ask in (lambda: llm.generate("A", GREEDY, progress=False), lambda: list(stream)):
+    uses: list[Callable[[], Any]] = [
+        lambda: llm.generate("A", GREEDY, progress=False),
+        lambda: list(stream),
+        lambda: llm.generate("A", lora_request=LoRARequest("a", 1, "folder")),
+        lambda: llm.load_adapter("a", "folder"),
+        lambda: llm.unload_adapter("a"),
+    ]
+    for ask in uses:
         with pytest.raises(EngineClosedError, match="load it again"):
             ask()
     llm.close()  # twice does no harm
