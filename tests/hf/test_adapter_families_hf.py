@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from adapter_helpers import adapter_config, random_adapter, write_adapter
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hf.family_models import VOCAB, make_model
 from hf.hf_adapters import adapted_by_peft, read_adapted, read_definition, trained_numbers
@@ -89,6 +92,24 @@ def test_merged_as_peft_merges(case: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(
             tensor.to_float32(), expected[name].to_float32(), rtol=2e-6, atol=2e-6, err_msg=name
         )
+
+
+@pytest.mark.parametrize("case", ["qwen2, tied", "gpt2, tied"])
+def test_merged_where_names_lack_the_prefix(case: str, tmp_path: Path) -> None:
+    """As in a checkpoint of the model without its head; transformers loads what is written."""
+    theirs = adapted_by_peft(make_model(case), tmp_path, **CASES[case][0])
+    prefix = theirs.base_model.model.base_model_prefix + "."
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    written = merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    assert written.num_matrices == CASES[case][1]
+    tokens = np.random.default_rng(2).integers(0, VOCAB, 29).astype(np.int32)
+    expected = read_adapted(tmp_path)[1].forward(tokens)
+    found = read_definition(tmp_path, "out").forward(tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    np.testing.assert_allclose(hf_logits(model, tokens), expected, rtol=0, atol=1e-3)
 
 
 # PEFT 0.21 turns adapters of single experts, as they were trained before transformers 5, into

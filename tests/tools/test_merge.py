@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from adapter_helpers import ALL, adapter_config, random_adapter, write_adapter
-from quantization_helpers import write_family_model
-from weights_helpers import tiny_config, write_gguf, write_model
+from published_helpers import pack_awq, pack_four_bit, pack_fp8, pack_gptq, write_published
+from quantization_helpers import CONFIG, write_family_model
+from weights_helpers import tiny_config, write_gguf, write_model, write_safetensors
 
 from octavo.cli import main
 from octavo.errors import InvalidArgumentError, UnsupportedModelError, WeightsError
@@ -92,6 +94,70 @@ def test_a_tied_model(names: tuple[str, ...], tmp_path: Path) -> None:
     table = weights["model.embed_tokens.weight"]
     for name in ("model.embed_tokens.weight", "lm_head.weight") if unties else ():
         np.testing.assert_allclose(merged[name], table + added(tensors, name), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [("embed_tokens", "q_proj"), ("lm_head",), ("v_proj",)])
+def test_names_without_the_prefix(names: tuple[str, ...], tmp_path: Path) -> None:
+    """As of a model saved without its head: the same change, under the names that are there."""
+    weights, tensors = prepare(tmp_path, names, tie_word_embeddings=True)
+    bare = {name.removeprefix("model."): ("F32", weight) for name, weight in weights.items()}
+    for file in (tmp_path / "model").glob("*.safetensors*"):
+        file.unlink()
+    write_safetensors(tmp_path / "model" / "model.safetensors", bare)
+    written = merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    assert written.num_matrices == len(tensors) / 2
+    merged, unties = stored(tmp_path / "out"), names != ("v_proj",)
+    assert merged.keys() == bare.keys() | ({"lm_head.weight"} if unties else set())
+    assert read_model(tmp_path / "out").spec.tie_word_embeddings != unties
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    for name, weight in weights.items():
+        if name == "lm_head.weight" and not unties:
+            continue
+        found = merged[name if name in merged else name.removeprefix("model.")]
+        expected = weight + added(tensors, name)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": None}
+PACK_FP8 = partial(pack_fp8, scales="tensor", scale_shape=())
+CONVERTED: list[tuple[Any, dict[str, Any], str]] = [
+    (partial(pack_gptq, group=32, order="act"), GPTQ, "codes"),
+    (partial(pack_gptq, group=32, bits=8), {**GPTQ, "bits": 8, "desc_act": False}, "codes"),
+    (partial(pack_awq, group=16), {"quant_method": "awq", "bits": 4, "group_size": 16}, "codes"),
+    (PACK_FP8, FP8, "F8_E4M3"),
+    (pack_four_bit, BNB, "U8"),
+]
+
+
+@pytest.mark.parametrize(("pack", "config", "held"), CONVERTED)
+def test_matrices_that_are_converted_are_refused(
+    pack: Any, config: dict[str, Any], held: str, tmp_path: Path
+) -> None:
+    """They run as bf16, but their files hold no numbers that a change could be added to."""
+    write_published(tmp_path / "model", pack, config)
+    paths = [tmp_path / name for name in ("model", "adapter", "out")]
+    names = ["o_proj"]
+    write_adapter(paths[1], random_adapter(CONFIG, names), adapter_config(target_modules=names))
+    said = rf"layers\.0\.self_attn\.o_proj\.weight is stored as {held}; .* `octavo quantize`"
+    with pytest.raises(InvalidArgumentError, match=said):
+        merge_directory(*paths)
+    assert not paths[2].exists()
+
+
+def test_numbers_beside_converted_matrices_are_merged(tmp_path: Path) -> None:
+    write_published(tmp_path / "model", PACK_FP8, FP8)
+    tensors = random_adapter(CONFIG, ["lm_head"])
+    write_adapter(tmp_path / "adapter", tensors, adapter_config(target_modules=["lm_head"]))
+    merge_directory(*(tmp_path / name for name in ("model", "adapter", "out")))
+    before, after = (open_weight_files(tmp_path / name) for name in ("model", "out"))
+    for name in before.infos:
+        if name != "lm_head.weight":
+            assert np.array_equal(before.read_bytes(name), after.read_bytes(name)), name
+            continue
+        expected = before.read(name).to_float32() + added(tensors, name)
+        np.testing.assert_allclose(after.read(name).to_float32(), expected, rtol=6e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -354,8 +354,8 @@ def test_codes_in_another_order_of_rows_are_found(
     expected = open_checkpoint(read_model(path, "f32"))["layers.0.q.weight"].data
     checkpoint = open_checkpoint(read_model(path))
     assert same_bits(dequantized(checkpoint, "layers.0.q.weight"), expected)
-    source = checkpoint._map["layers.0.q.scale"]
-    monkeypatch.setitem(checkpoint._map, "layers.0.q.scale", replace(source, transform="plain"))
+    source = checkpoint.places["layers.0.q.scale"]
+    monkeypatch.setitem(checkpoint.places, "layers.0.q.scale", replace(source, transform="plain"))
     assert not np.allclose(dequantized(checkpoint, "layers.0.q.weight"), expected)
 
 

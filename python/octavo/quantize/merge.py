@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from octavo.quantize.writer import (
     open_float_model,
 )
 from octavo.weights.adapter import read_adapter
-from octavo.weights.checkpoint import has_non_finite, open_checkpoint
+from octavo.weights.checkpoint import Checkpoint, has_non_finite, open_checkpoint
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles, read_model
 from octavo.weights.safetensors import SafetensorsFile, make_header, open_weight_files
@@ -62,9 +62,10 @@ def merge_directory(
     A weight becomes W + scale * B A, computed in float32 and rounded once to the format it is
     stored in; all others are copied as they are. Where the model ties head and embedding and the
     adapter changes one of them, both are written and config.json says that they are not tied.
-    Raises InvalidArgumentError for a quantized model or a GGUF file, and for a target that exists;
-    WeightsError for sums that are too large for their format; what reading the model and
-    the adapter raises. Nothing is left behind then.
+    Raises InvalidArgumentError for a quantized model, for one whose matrices that the adapter
+    changes are not stored as numbers, for a GGUF file, and for a target that exists; WeightsError
+    for sums that are too large for their format; what reading the model and the adapter raises.
+    Nothing is left behind then.
     """
     target = check_new_directory(target, _WHAT)
     files, checkpoint = open_float_model(model)
@@ -74,47 +75,70 @@ def merge_directory(
         )
     changes = read_adapter(adapter, files, checkpoint, to_merge=True)
     source = open_weight_files(files.path)
-    stored, unties = _stored_names(files, source, changes)
+    places = _places(files, checkpoint)
+    stored, unties = _stored_names(files, source, places, changes)
+    added = _stored_changes(places, changes)
+    _check_floats(model, source, stored, added)
     with new_directory(target, _WHAT) as staging:
         copy_files(files.folder, staging)
         config = {**files.config, **({"tie_word_embeddings": False} if unties else {})}
         write_durably(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        num_bytes = _write(
-            staging / "model.safetensors",
-            source,
-            stored,
-            _stored_changes(files, changes),
-            progress,
-        )
+        num_bytes = _write(staging / "model.safetensors", source, stored, added, progress)
         open_checkpoint(read_model(staging))  # what takes the name can be loaded
     note = "head and embedding are no longer tied: the adapter changes one of them"
     return MergedDirectory(target, num_bytes, len(changes.matrices), (note,) if unties else ())
 
 
+def _places(files: ModelFiles, checkpoint: Checkpoint) -> dict[str, WeightSource]:
+    """Where each weight is written: where it lies, and of a tied pair under either name."""
+    embed, head = checkpoint.places["embed.weight"], files.family.tensors.tensor("lm_head")
+    places = {"lm_head.weight": replace(embed, tensor=head), **checkpoint.places}
+    if embed.tensor == head:
+        places["embed.weight"] = replace(embed, tensor=files.family.tensors.tensor("embed"))
+    return places
+
+
 def _stored_names(
-    files: ModelFiles, source: SafetensorsFile, adapter: Adapter
+    files: ModelFiles,
+    source: SafetensorsFile,
+    places: Mapping[str, WeightSource],
+    adapter: Adapter,
 ) -> tuple[dict[str, str], bool]:
     """The name of each tensor to write -> that of the tensor it is made from; whether it unties."""
     stored = {name: name for name in source.infos}
     unties = files.spec.tie_word_embeddings and bool({"embed", "lm_head"} & adapter.matrices.keys())
     if unties:
-        table, head = (files.family.tensors.tensor(part) for part in ("embed", "lm_head"))
+        table, head = (places[f"{part}.weight"].tensor for part in ("embed", "lm_head"))
         own = table if table in source.infos else head
         stored |= {table: own, head: own}
     return stored, unties
 
 
-def _stored_changes(files: ModelFiles, adapter: Adapter) -> Mapping[str, list[_Change]]:
+def _stored_changes(
+    places: Mapping[str, WeightSource], adapter: Adapter
+) -> Mapping[str, list[_Change]]:
     """By the name of the tensor, what is added to it."""
     changes: defaultdict[str, list[_Change]] = defaultdict(list)
-    head = files.family.tensors.tensor("lm_head")
     for name, part in adapter.matrices.items():
-        own = files.weight_map.get(name + ".weight")
-        weight = own or WeightSource(head, (files.spec.vocab_size, files.spec.hidden_size))
+        weight = places[name + ".weight"]
         transposed = (weight.transform == "transpose") != (name == "embed")
         first = weight.rows[0] if weight.rows else 0
         changes[weight.tensor].append(_Change(part, first, first + len(part.b), transposed))
     return changes
+
+
+def _check_floats(
+    model: Path, source: SafetensorsFile, stored: Mapping[str, str], changed: Iterable[str]
+) -> None:
+    """InvalidArgumentError where the files do not hold a tensor to change as plain numbers."""
+    for name in changed:
+        info = source.infos.get(stored.get(name, name))
+        if info is None or info.dtype not in _NAMES:
+            raise InvalidArgumentError(
+                f"{model}: {name} is stored as {'codes' if info is None else info.dtype}; expected "
+                "F32, F16 or BF16, to which an adapter can be added. Merge it with the model that "
+                "was quantized, then run `octavo quantize` on the result"
+            )
 
 
 def _write(

@@ -143,7 +143,8 @@ def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
     checkpoint = open_checkpoint(files)
     if checkpoint.formats:
         raise InvalidArgumentError(
-            f"{source} is quantized already; expected a model with float weights"
+            f"{source} is quantized already; expected a model with float weights, such as the one "
+            "that it was made from"
         )
     return files, checkpoint
 

@@ -48,6 +48,7 @@ class Checkpoint(Mapping[str, Tensor]):
     dtype: the format of most elements that are not codes.
     total_bytes: of all weights as they are read.
     num_parameters: of the model, scales and zero points not counted.
+    places: where in the files each weight lies.
     stored: how the files hold matrices in formats that are not octavo's, by name without ".weight".
     """
 
@@ -61,13 +62,13 @@ class Checkpoint(Mapping[str, Tensor]):
     ) -> None:
         """weight_map: where in `source` each weight lies; None: under octavo's names."""
         self._source = source
-        self._map = weight_map or {
+        self.places: Mapping[str, WeightSource] = weight_map or {
             name: WeightSource(name, info.shape) for name, info in source.infos.items()
         }
         self.formats: Mapping[str, WeightFormat] = dict(formats or {})
         self.stored: Mapping[str, Stored] = dict(stored or {})
         self.infos: Mapping[str, TensorInfo] = {
-            name: weight_info(source, wanted) for name, wanted in self._map.items()
+            name: weight_info(source, wanted) for name, wanted in self.places.items()
         }
         self.total_bytes = sum(info.num_bytes for info in self.infos.values())
         self.num_parameters = sum(
@@ -82,17 +83,17 @@ class Checkpoint(Mapping[str, Tensor]):
         self.dtype: TensorDType = most if dtype is None else dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return read_weight(self._source, self._map[name])
+        return read_weight(self._source, self.places[name])
 
     def runs(self, name: str) -> Iterator[Tensor]:
         """A weight in runs of rows, at least one, so that a big table needs little memory."""
-        return read_runs(self._source, self._map[name])
+        return read_runs(self._source, self.places[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._map)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self._map)
+        return len(self.places)
 
     def first_layers(self, count: int) -> Checkpoint:
         """The weights of the same model without its layers from `count` on."""
@@ -101,7 +102,7 @@ class Checkpoint(Mapping[str, Tensor]):
             parts = name.split(".")
             return parts[0] != "layers" or int(parts[1]) < count
 
-        kept = {name: source for name, source in self._map.items() if is_kept(name)}
+        kept = {name: source for name, source in self.places.items() if is_kept(name)}
         formats = {name: each for name, each in self.formats.items() if is_kept(name)}
         stored = {name: each for name, each in self.stored.items() if is_kept(name)}
         return Checkpoint(self._source, kept, formats, self.dtype, stored)
@@ -128,7 +129,7 @@ class Checkpoint(Mapping[str, Tensor]):
             row = 0
             for tensor in self.runs(name):
                 if has_non_finite(tensor):
-                    damaged[self._map[name].tensor] = None
+                    damaged[self.places[name].tensor] = None
                 yield name, row, tensor
                 row += len(tensor.data)
         if damaged:
