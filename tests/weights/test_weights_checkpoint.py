@@ -129,13 +129,15 @@ def test_a_tied_head_may_be_there_twice(tmp_path: Path) -> None:
     assert "lm_head.weight" not in open_checkpoint(files)
 
 
+@pytest.mark.parametrize("prefix", ["model.", ""])
 @pytest.mark.parametrize("num_shards", [1, 2])
-def test_a_head_that_differs_is_not_tied(num_shards: int, tmp_path: Path) -> None:
+def test_a_head_that_differs_is_not_tied(num_shards: int, prefix: str, tmp_path: Path) -> None:
     config = tiny_config(tie_word_embeddings=True)
     weights = random_weights(config)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
     weights["lm_head.weight"][36, 23] += 0.5
-    write_model(tmp_path, config, weights=weights, num_shards=num_shards)
+    stored = {name.replace("model.", prefix, 1): weight for name, weight in weights.items()}
+    write_model(tmp_path, config, weights=stored, num_shards=num_shards)
     with pytest.warns(UserWarning, match="differs from model.embed_tokens.weight"):
         files = read_model(tmp_path)
     assert not files.spec.tie_word_embeddings and not files.config["tie_word_embeddings"]

@@ -93,7 +93,8 @@ def read_folder(folder: Folder) -> ModelFiles:
     spec = family.read_spec(config)
     if spec.tie_word_embeddings and isinstance(folder, Path):
         head, table = family.tensors.tensor("lm_head"), family.tensors.tensor("embed")
-        if _head_differs(folder, head, table):
+        tables = (table, table.removeprefix(family.base_prefix))
+        if any(_head_differs(folder, head, name) for name in tables):
             warnings.warn(
                 f"{folder}: config.json has tie_word_embeddings true, but the weights hold an "
                 f"{head} that differs from {table}. It is used as a head of its own, as "
