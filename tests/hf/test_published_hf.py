@@ -20,10 +20,13 @@ from published_helpers import (
     write_published,
 )
 from quantization_helpers import CONFIG, write_float_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from octavo.models.fields import Fields
 from octavo.quantization.apply import dequantized
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
+from octavo.weights.codes import CompressedMatrix
+from octavo.weights.compressed_tensors import read_compressed_tensors
 from octavo.weights.model_files import ModelFiles, read_model
 from octavo.weights.tensor import float32_to_bf16
 
@@ -57,6 +60,36 @@ def test_transformers_converts_fp8_to_the_same_bits(tmp_path: Path, kind: str) -
     for name in checkpoint.stored:
         weight = theirs[files.weight_map[name + ".weight"].tensor]
         assert np.array_equal(checkpoint[name + ".weight"].data, bits(weight)), name
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        *[("Linear", "re:.*down_proj$"), ("re:.*down_proj$", "Linear"), ("Linear", "Linear")],
+        *[("re:.*", "model.layers.0.mlp.down_proj"), ("model.layers.0.mlp.down_proj", "Linear")],
+        *[("re:.*mlp.*", "re:.*down_proj$"), ("re:.*down_proj$", "re:.*mlp.*")],
+    ],
+)
+def test_compressed_tensors_chooses_the_same_of_groups_that_overlap(targets: Any) -> None:
+    pytest.importorskip(
+        "compressed_tensors", reason="compressed-tensors is not installed (it needs Python 3.11)"
+    )
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    weights = {"type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    groups = {
+        f"group_{bits}": {"targets": [target], "weights": {"num_bits": bits, **weights}}
+        for bits, target in zip((4, 8), targets, strict=True)
+    }
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": []}
+    config |= {"quantization_status": "compressed", "config_groups": groups}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 67}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+    apply_quantization_config(model, QuantizationConfig.model_validate(config))
+    name = "model.layers.0.mlp.down_proj"
+    theirs = model.get_submodule(name).quantization_scheme
+    ours = read_compressed_tensors(Fields(config, "config.json"))(name, (64, 128))
+    assert isinstance(ours, CompressedMatrix) and ours.bits == theirs.weights.num_bits
 
 
 SCHEMES: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from published_helpers import check, pack_compressed, pack_fp8, write_published
+from published_helpers import Packed, check, pack_compressed, pack_fp8, write_published
 from quantization_helpers import CONFIG
 
 from octavo.errors import WeightsError
@@ -117,6 +117,37 @@ def test_fp8(tmp_path: Path, format: str, kind: str, fields: Any) -> None:
     )
     config = scheme(format, num_bits=8, type="float", **fields)
     check(write_published(tmp_path, pack, config), True)
+
+
+DOWN = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("others", "down"),
+    [
+        (["Linear"], ["re:.*down_proj$"]),
+        (["Linear"], DOWN),
+        (["re:.*"], DOWN),
+        (["re:.*proj$", "Linear"], ["re:.*down_proj$"]),  # patterns go by the alphabet
+    ],
+)
+def test_of_groups_that_overlap_the_nearest_target_counts(
+    tmp_path: Path, others: list[str], down: list[str], turned: bool
+) -> None:
+    def pack(generator: np.random.Generator, shape: tuple[int, int]) -> Packed:
+        bits = {"bits": 8} if shape == (96, 160) else {"group": 32}  # down_proj alone has it
+        return pack_compressed(generator, shape, **bits)
+
+    config, eight = scheme(group_size=32), scheme(num_bits=8, strategy="channel")
+    groups = [
+        {**each["config_groups"]["group_0"], "targets": targets}
+        for each, targets in ((config, others), (eight, down))
+    ]
+    named = {f"group_{index}": group for index, group in enumerate(groups[:: -1 if turned else 1])}
+    checkpoint = check(write_published(tmp_path, pack, {**config, "config_groups": named}), False)
+    assert checkpoint.formats["layers.1.down"] == WeightFormat("int8")
+    assert checkpoint.formats["layers.1.up"] == WeightFormat("int4", 32)
 
 
 def test_ignored_modules_are_plain_numbers(tmp_path: Path) -> None:

@@ -68,12 +68,13 @@ def read_compressed_tensors(fields: Fields) -> Scheme:
         _read_group(fields, name, group, values.get("format"), own_levels=own_levels)
         for name, group in groups.items()
     ]
+    by_target = {target: group for group in found for target in group.targets}
 
     def scheme(module: str, shape: tuple[int, int]) -> StoredMatrix | None:
-        matching = [group for group in found if _matches(module, group.targets)]
-        if not matching or _matches(module, ignore):
+        matching = _matching(module, by_target)
+        if not matching or _matching(module, ignore):
             return None
-        return matching[0].matrix(module, shape)
+        return by_target[matching[0]].matrix(module, shape)
 
     return scheme
 
@@ -232,14 +233,22 @@ def _names(fields: Fields, name: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _matches(module: str, targets: Sequence[str]) -> bool:
-    """The library's rule: the class, the whole name, or a pattern from the name's beginning."""
-    return any(
-        re.match(target[3:], module) is not None
-        if target.startswith("re:")
-        else target in ("Linear", module)
+def _matching(module: str, targets: Iterable[str]) -> list[str]:
+    """Those that name the module, in the library's order, of which the first counts.
+
+    The whole name comes first, then patterns from the name's beginning by the alphabet, then the
+    class.
+    """
+    found = [
+        target
         for target in targets
-    )
+        if (
+            re.match(target[3:], module) is not None
+            if target.startswith("re:")
+            else target in ("Linear", module)
+        )
+    ]
+    return sorted(found, key=lambda target: (target != module, target == "Linear", target))
 
 
 def choose_layout(formats: Iterable[WeightFormat], is_turned: bool = False) -> Layout:
