@@ -128,6 +128,11 @@ def test_the_configuration(tmp_path: Path) -> None:
             {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.5},
             linear_rope(10000.0, 64, 2.5),
         ),
+        ({"llama.rope.scaling.factor": 2.5}, linear_rope(10000.0, 64, 2.5)),  # as llama.cpp
+        (
+            {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 2.5},
+            default_rope(10000.0, 64),
+        ),
         ({"llama.rope.scale_linear": 4.0}, linear_rope(10000.0, 64, 4.0)),
         ({"llama.rope.scale_linear": 1.0}, default_rope(10000.0, 64)),
         ({"llama.rope.freq_base": None}, default_rope(10000.0, 64)),

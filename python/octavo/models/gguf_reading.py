@@ -64,6 +64,7 @@ _CHANGES: dict[str, tuple[tuple[object, ...], str]] = {
     "attn_logit_softcapping": ((0.0,), "0 (scores are not capped)"),
     "final_logit_softcapping": ((0.0,), "0 (logits are not capped)"),
     "rope.freq_base_swa": ((), "one base for all layers (the entry left out)"),
+    "rope.scaling.attn_factor": ((1.0,), "1"),
     "rope.scaling.yarn_log_multiplier": ((), _NO_SCALE),
     "rope.scaling.yarn_ext_factor": ((1.0,), "1"),
     "rope.dimension_sections": ((), "text only (the entry left out)"),
@@ -153,11 +154,10 @@ def read_theta(entries: Fields) -> float:
 
 
 def read_rope_scaling(entries: Fields) -> dict[str, Any] | None:
-    """The `rope_scaling` of config.json: none, linear or yarn."""
-    kind = entries.values.get("rope.scaling.type", "none")
+    """The `rope_scaling` of config.json: none, linear (as for llama.cpp without a type) or yarn."""
+    kind = entries.values.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise entries.error("rope.scaling.type", kind, "none, linear, yarn")
-    # The older spelling is a factor on its own.
     old = entries.number("rope.scale_linear", 0.0, default=1.0, exclude_low=True)
     factor = entries.number("rope.scaling.factor", 0.0, default=old, exclude_low=True)
     if kind == "yarn":
@@ -171,7 +171,7 @@ def read_rope_scaling(entries: Fields) -> dict[str, Any] | None:
             if entry in entries.values:
                 scaling[field] = shortest(entries.number(entry, 0.0, exclude_low=True))
         return scaling
-    if factor != 1.0 and (kind == "linear" or "rope.scale_linear" in entries.values):
+    if factor != 1.0 and kind == "linear":
         return {"rope_type": "linear", "factor": shortest(factor)}
     return None
 

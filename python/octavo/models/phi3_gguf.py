@@ -13,26 +13,29 @@ from octavo.models.rope import longrope_attention_factor
 
 _FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 _ORIGINAL = "rope.scaling.original_context_length"
+_ATTENTION = "rope.scaling.attn_factor"
 
 
 def read_config(header: GgufHeader) -> dict[str, Any]:
     """The `config.json` of a GGUF file; UnsupportedModelError names what octavo cannot run."""
-    entries, config = read_common(header, "phi3", reads=("attention.sliding_window",), partial=True)
+    given = [name for name in _FACTORS if name in header.constants]
+    reads = ("attention.sliding_window", *([_ATTENTION] if given else []))
+    entries, config = read_common(header, "phi3", reads, partial=True)
     window = entries.optional_integer("attention.sliding_window", 0, Limit.POSITIONS)
     length = config["max_position_embeddings"]
     original = entries.optional_integer(_ORIGINAL, 1, Limit.POSITIONS) or length
-    given = [name for name in _FACTORS if name in header.constants]
     if len(given) == 1:
         raise UnsupportedModelError(
             f"{header.source} holds {given[0]} only; expected both of {', '.join(_FACTORS)}"
         )
     if given:
+        entries.refuse_unless("rope.scaling.factor", (1.0,), "1 (tensors divide the frequencies)")
         factor = length / original
         longrope: dict[str, Any] = {"rope_type": "longrope", "factor": factor}
         for name, field in zip(_FACTORS, ("short_factor", "long_factor"), strict=True):
             longrope[field] = [shortest(float(value)) for value in header.constants[name]]
         usual = longrope_attention_factor(factor, original)
-        stated = entries.number("rope.scaling.attn_factor", 0.0, default=usual, exclude_low=True)
+        stated = entries.number(_ATTENTION, 0.0, default=usual, exclude_low=True)
         if not math.isclose(stated, usual, rel_tol=1e-5):
             longrope["attention_factor"] = shortest(stated)
         scaling: dict[str, Any] | None = longrope
