@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,19 @@ def test_missing_fields_take_the_defaults_of_transformers(model_type: str) -> No
     needed = {} if model_type == "gpt2" else NEEDED
     full = transformers.AutoConfig.for_model(model_type, **needed).to_dict()
     assert family.read_spec(needed) == family.read_spec(full)
+
+
+@pytest.mark.parametrize("full", [{"rope_theta": 3e5}, {"rope_type": "linear", "factor": 2.0}])
+@pytest.mark.parametrize("scaling", [{"rope_type": "linear", "factor": 8.0}, {"factor": 4.0}])
+def test_gemma_3_with_both_spellings_of_its_rope(full: Any, scaling: Any) -> None:
+    local = {"rope_type": "default", "rope_theta": 7e3}
+    parameters = {"full_attention": full, "sliding_attention": local}
+    fields = {**NEEDED, "rope_parameters": parameters, "rope_theta": 5e5, "rope_scaling": scaling}
+    theirs = transformers.AutoConfig.for_model("gemma3_text", **deepcopy(fields)).to_dict()
+    read = FAMILIES["Gemma3ForCausalLM"].read_spec
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a factor is no field of the default type
+        assert read(fields) == read(theirs)
 
 
 @pytest.mark.parametrize("case", ["llama, dynamic", "gpt2, tied"])

@@ -58,10 +58,14 @@ def test_every_row_of_a_fused_tensor_is_a_weights(model_type: str) -> None:
 
 
 TURNS = ["sliding_attention", "full_attention"] * 2
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 WINDOWS: list[tuple[str, dict[str, Any], list[int]]] = [
     ("mistral", {"sliding_window": 32}, [32, 32, 32, 32]),
     ("mistral", {"sliding_window": None}, [0, 0, 0, 0]),
     ("mistral", {}, [0, 0, 0, 0]),  # 4,096, and no sequence is longer than 128
+    # A dynamic rope of factor 2 lets sequences be twice as long.
+    ("mistral", {"sliding_window": 128, "rope_scaling": DYNAMIC}, [128, 128, 128, 128]),
+    ("mistral", {"sliding_window": 256, "rope_scaling": DYNAMIC}, [0, 0, 0, 0]),
     ("ministral", {"sliding_window": 32, "layer_types": TURNS}, [32, 0, 32, 0]),
     ("ministral", {"sliding_window": 32}, [32, 32, 32, 32]),
     ("qwen2", {"sliding_window": 32}, [0, 0, 0, 0]),  # use_sliding_window is missing
@@ -110,6 +114,16 @@ GEMMA3_ROPES: list[tuple[dict[str, Any], Any, Any]] = [
             },
         },
         *(linear_rope(5e5, 8, 8.0), default_rope(9e3, 8)),
+    ),
+    (  # both spellings: field by field
+        {
+            **{"rope_theta": 4e5, "rope_scaling": SCALED},
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "factor": 2.0, "rope_theta": 3e5},
+                "sliding_attention": {"rope_theta": 9e3},
+            },
+        },
+        *(linear_rope(3e5, 8, 8.0), default_rope(9e3, 8)),
     ),
 ]
 
@@ -281,7 +295,7 @@ ODD_VALUES = (
 ROPES = (
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False},
     {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0},
-    {"rope_type": "dynamic", "factor": 2.0},
+    DYNAMIC,
 )
 
 

@@ -45,6 +45,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     fields = read_fields(config, READS)
     layer = read_gemma_layer(fields, DEFAULTS, rope=None, qk_norm="head")
     positions = read_positions(fields, DEFAULTS)
+    full = {**config, **_merged_rope(config)}
     # The older spelling: one rope_scaling, of the layers that see everything, and two thetas.
     local = {
         "rope_parameters": config.get("rope_parameters"),
@@ -52,7 +53,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     }
     ropes = {
         kind: read_rope(values, layer.head_dim, positions, theta=1000000.0, layer_type=kind)
-        for kind, values in (("full_attention", config), ("sliding_attention", local))
+        for kind, values in (("full_attention", full), ("sliding_attention", local))
     }
     count, window = read_num_layers(fields), read_window(fields, 4096)
     every = fields.integer("sliding_window_pattern", 1, 2**20, default=6)
@@ -69,6 +70,18 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     ]
     cap = read_cap(fields, "final_logit_softcapping")
     return read_gemma(ARCHITECTURE, fields, DEFAULTS, layers, cap)
+
+
+def _merged_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope fields of a file with both spellings: one object, as transformers merges them.
+
+    A field of `rope_scaling` comes before the same of the layers that see everything.
+    """
+    parameters, scaling = config.get("rope_parameters"), config.get("rope_scaling")
+    own = parameters.get("full_attention") if isinstance(parameters, dict) else None
+    if not isinstance(own, dict) or not isinstance(scaling, dict):
+        return {}
+    return {"rope_scaling": None, "rope_parameters": {"full_attention": {**own, **scaling}}}
 
 
 FAMILY = Family(

@@ -126,23 +126,22 @@ def read_model(
 ) -> ModelSpec:
     """The model of these layers.
 
-    A window that no sequence outgrows is none. final_norm: None takes the layers'. special: fields
-    of ModelSpec.
+    A window that the longest sequence does not outgrow is none. final_norm: None takes the
+    layers'. special: fields of ModelSpec.
     """
-    tied, positions = defaults.tie_word_embeddings, read_positions(fields, defaults)
-    layers = [
-        replace(layer, window=0 if layer.window >= positions else layer.window) for layer in layers
-    ]
-    return ModelSpec(
+    spec = ModelSpec(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size", 1, Limit.VOCAB),
         hidden_size=fields.integer("hidden_size", 1, Limit.WIDTH),
-        max_position_embeddings=positions,
+        max_position_embeddings=read_positions(fields, defaults),
         layers=tuple(layers),
         final_norm=final_norm or layers[0].norm,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", tied),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", defaults.tie_word_embeddings),
         **special,
     )
+    longest = spec.longest_sequence
+    fitted = [replace(each, window=0) if each.window >= longest else each for each in layers]
+    return replace(spec, layers=tuple(fitted))
 
 
 def read_positions(fields: Fields, defaults: Defaults) -> int:
