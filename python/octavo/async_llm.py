@@ -7,7 +7,7 @@ import itertools
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig
 from octavo.engine.outputs import OutputChunk, RequestOutput
@@ -17,6 +17,9 @@ from octavo.prompts import AnyPrompt, EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.engine_thread import EngineThread
 from octavo.server.stream import EngineRequest, ResultStream
+
+if TYPE_CHECKING:
+    from octavo.runtime.loader import LoadProgress
 
 
 class AsyncLLM:
@@ -37,12 +40,19 @@ class AsyncLLM:
         model: str | Path | None = None,
         *,
         config: EngineConfig | None = None,
+        on_load: LoadProgress | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         **options: Any,
     ) -> None:
-        """The arguments of `LLM`; nothing is loaded yet."""
-        load = partial(load_model, model, config=config, adapters=adapters, **options)
-        self._engine = EngineThread(load)
+        """The arguments of `LLM`; nothing is loaded yet. on_load: called in another thread."""
+
+        def watch(done: int, total: int) -> None:
+            self._engine.on_load(done, total)
+            if on_load is not None:
+                on_load(done, total)
+
+        load = partial(load_model, model, config=config, on_load=watch, adapters=adapters)
+        self._engine = EngineThread(partial(load, **options))
         self._numbers = itertools.count()
         self._model: LoadedModel | None = None
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -337,3 +340,30 @@ def test_an_event_log_that_cannot_be_written(
         await thread.stop()
 
     run(test)
+
+
+ENDS_WHILE_LOADING = """
+import asyncio
+from octavo._native import measure_flops
+from octavo.server.engine_thread import EngineThread
+
+def load():
+    while True:
+        measure_flops(num_threads=1, seconds=0.01)
+        engine.on_load(0, 1)
+
+async def start():
+    engine.start()
+    await asyncio.sleep(0.05)
+
+engine = EngineThread(load)
+asyncio.run(start())
+"""
+
+
+def test_a_program_that_ends_while_it_loads_is_not_aborted() -> None:
+    """Python's end would else meet the thread within the native core."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ENDS_WHILE_LOADING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr

@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -22,6 +23,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from octavo.engine.events import EventLogFile
+from octavo.engine.guard import EXIT_SECONDS
 from octavo.engine.outputs import OutputChunk
 from octavo.errors import (
     EngineStepError,
@@ -84,6 +86,7 @@ class EngineThread:
         self._streams: dict[str, ResultStream] = {}
         self._outbox: Outbox = []
         self._stopping = False
+        self._program_ends, self._has_loaded = threading.Event(), threading.Event()
         self._progress_at = time.monotonic()
         self.model: LoadedModel | None = None
         self.state: State = "loading"
@@ -95,8 +98,14 @@ class EngineThread:
         """Begin to load; the future is done when the first request can be taken, or failed."""
         self._loop = asyncio.get_running_loop()
         self.loaded = asyncio.wrap_future(self._loading)
+        weakref.finalize(self, _end_loading, self._program_ends, self._has_loaded)
         self._thread.start()
         return self.loaded
+
+    def on_load(self, done: int, total: int) -> None:
+        """End loading with the program: to be called while the model is loaded, in the thread."""
+        if self._program_ends.is_set():
+            raise SystemExit
 
     @property
     def num_open(self) -> int:
@@ -228,6 +237,8 @@ class EngineThread:
             if is_wanted:
                 self._loading.set_exception(error)
             return
+        finally:
+            self._has_loaded.set()
         self._progress_at = time.monotonic()
         self.state = "ready"
         if is_wanted:
@@ -339,6 +350,15 @@ class EngineThread:
         with contextlib.suppress(RuntimeError):  # the loop has closed: there is no reader any more
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function)
+
+
+def _end_loading(program_ends: threading.Event, has_loaded: threading.Event) -> None:
+    """At the program's end: wait for a thread that loads, which must not be in the core then.
+
+    `EngineGuard` says why, and does the same for one that steps.
+    """
+    program_ends.set()
+    has_loaded.wait(EXIT_SECONDS)
 
 
 class _Recorder:
