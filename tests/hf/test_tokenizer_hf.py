@@ -16,6 +16,8 @@ from text_helpers import (
     write_config,
 )
 from text_strings import varied_strings
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as TokenizersTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf.hf_tokenizers import check_special_tokens, check_texts
@@ -113,6 +115,29 @@ def test_tokens_declared_in_the_config(tmp_path):
         },
     )
     compare(path, ["x<|done|>y ship <|tool|> z<plain>  q<other>", *HARD_STRINGS])
+
+
+@pytest.mark.parametrize("place", ["tokenizer.json", "added_tokens_decoder", "both"])
+@pytest.mark.parametrize("role", ["eos_token", "additional_special_tokens", None])
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", None])
+def test_flags_of_added_tokens(tmp_path, place, role, special, flag):
+    path = byte_level_directory(tmp_path)
+    raw = TokenizersTokenizer.from_file(str(path / "tokenizer.json"))
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    flags = {**plain, **({flag: True} if flag else {}), "special": special}
+    others = {**plain, "lstrip": True, "special": False} if place == "both" else flags
+    number = raw.get_vocab_size()
+    if place != "added_tokens_decoder":
+        raw.add_tokens([AddedToken("<|a|>", **others)])
+        raw.save(str(path / "tokenizer.json"))
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>"}
+    fields |= {"eos_token": "<|im_end|>"} | ({role: "<|a|>"} if role == "eos_token" else {})
+    fields |= {role: ["<|a|>"]} if role == "additional_special_tokens" else {}
+    if place != "tokenizer.json":
+        fields["added_tokens_decoder"] = {str(number): {"content": "<|a|>", **flags}}
+    write_config(path, **fields)
+    compare(path, ["x <|a|> y<|a|>\n ship <|a|>", "<|im_start|> \n<|a|>"])
 
 
 CHATS = [

@@ -12,6 +12,7 @@ from text_helpers import (
     STYLES,
     byte_level_directory,
     sentencepiece_directory,
+    write_config,
 )
 
 from octavo.errors import InvalidArgumentError, OctavoError, TokenizerError
@@ -60,6 +61,40 @@ def test_special_tokens_of_the_config_are_added(tmp_path):
     assert len(ids) == 5
     assert tokenizer.eos_token_ids == (ids[3],)
     assert tokenizer.decode(ids) == "x<plain>"
+
+
+@pytest.mark.parametrize("declares", [True, False])
+def test_a_special_token_keeps_its_flags(tmp_path, declares):
+    """Phi-4's <|im_start|> and <|im_end|> take the blanks around them."""
+    path = byte_level_directory(tmp_path)
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for token in content["added_tokens"]:
+        token["lstrip"] = token["rstrip"] = not declares
+    file.write_text(json.dumps(content))
+    declared = {
+        str(token["id"]): {**token, "lstrip": True, "rstrip": True}
+        for token in content["added_tokens"]
+    }
+    fields = {"added_tokens_decoder": declared} if declares else {}
+    write_config(path, bos_token="<|im_start|>", eos_token={"content": "<|im_end|>"}, **fields)
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode("<|im_start|>\nHi \n<|im_end|>\n")
+    assert ids == [1, *tokenizer.encode("Hi"), 2] and tokenizer.special_ids >= {1, 2}
+
+
+def test_a_named_token_is_special_and_an_additional_one_stays_as_it_is(tmp_path):
+    path = byte_level_directory(tmp_path)
+    raw = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokens = ["<|a|>", "<|b|>", "<|c|>"]
+    raw.add_tokens([tokenizers.AddedToken(t, special=False, rstrip=True) for t in tokens])
+    raw.save(str(path / "tokenizer.json"))
+    write_config(path, eos_token="<|a|>", additional_special_tokens=["<|b|>"])
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode("<|a|> <|b|> <|c|> ")
+    assert [tokenizer.token(i) for i in ids] == tokens
+    assert tokenizer.special_ids & {*ids} == {ids[0]}
+    assert tokenizer.decode(ids) == "<|b|><|c|>"
 
 
 def test_special_tokens_map_is_read_in_older_directories(tmp_path):

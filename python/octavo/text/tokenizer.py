@@ -153,32 +153,43 @@ class Tokenizer:
             ) from error
 
     def _add_special_tokens(self) -> dict[str, str | None]:
-        """Add the tokens that tokenizer_config.json declares; returns name -> content."""
+        """Add the tokens that tokenizer_config.json declares; returns name -> content.
+
+        As in transformers, the flags of a token are those of added_tokens_decoder, else those of
+        tokenizer.json, else those that are written beside its name. What has a name is special.
+        """
         import tokenizers
 
-        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        known = {token.content: {flag: getattr(token, flag) for flag in _FLAGS} for token in added}
         declared = self.config.get("added_tokens_decoder")
-        if isinstance(declared, Mapping):
-            numbered = {int(i): fields for i, fields in declared.items() if i.isdecimal()}
-            for _, fields in sorted(numbered.items()):
-                content = token_content(fields)
-                if content is not None and content not in known:
-                    flags = {flag: bool(fields[flag]) for flag in _FLAGS if flag in fields}
-                    self._tokenizer.add_tokens([tokenizers.AddedToken(content, **flags)])
-        named = {name: token_content(self.config.get(name)) for name in _NAMED_TOKENS}
-        special = list(named.values())
+        entries = declared.items() if isinstance(declared, Mapping) else ()
+        numbered = {int(i): value for i, value in entries if i.isdecimal()}
+        found = {
+            content: _flags(value)
+            for _, value in sorted(numbered.items())
+            if (content := token_content(value)) is not None
+        }
+        for value in map(self.config.get, _NAMED_TOKENS):
+            content = token_content(value)
+            if content is not None:
+                flags = found.get(content, known.get(content, _flags(value)))
+                found[content] = {**flags, "special": True}
         for key in _EXTRA_TOKENS:
             values = self.config.get(key)
             values = list(values.values()) if isinstance(values, Mapping) else values
-            special += map(token_content, values if isinstance(values, list) else ())
-        self._tokenizer.add_special_tokens(
+            for value in values if isinstance(values, list) else ():
+                content = token_content(value)
+                if content is not None and content not in known:
+                    found.setdefault(content, {**_flags(value), "special": True})
+        self._tokenizer.add_tokens(
             [
-                tokenizers.AddedToken(content, special=True, normalized=False)
-                for content in dict.fromkeys(special)
-                if content is not None
+                tokenizers.AddedToken(content, **flags)
+                for content, flags in found.items()
+                if flags != known.get(content)
             ]
         )
-        return named
+        return {name: token_content(self.config.get(name)) for name in _NAMED_TOKENS}
 
 
 def holds_tokenizer(directory: Folder) -> bool:
@@ -219,6 +230,12 @@ def token_content(value: Any) -> str | None:
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) and value else None
+
+
+def _flags(value: Any) -> dict[str, bool]:
+    """The flags that are written beside a token's content."""
+    is_object = isinstance(value, Mapping)
+    return {flag: bool(value[flag]) for flag in _FLAGS if is_object and flag in value}
 
 
 def _check_text(text: str) -> None:
