@@ -188,9 +188,10 @@ def test_template_files_win_over_the_config(tmp_path):
         bos_token="<|im_start|>",
         chat_template=[
             {"name": "default", "template": "named"},
-            {"name": "rag", "template": "other"},
+            {"name": "tool_use", "template": "other"},
         ],
     )
     theirs = AutoTokenizer.from_pretrained(path)
-    text = ChatTemplate.load(path).render(CHATS[0])
-    assert text == theirs.apply_chat_template(CHATS[0], tokenize=False) == "named"
+    for tools, expected in ((None, "named"), ([], "other"), ([{"name": "f"}], "other")):
+        text = ChatTemplate.load(path).render(CHATS[0], tools=tools)
+        assert text == theirs.apply_chat_template(CHATS[0], tools=tools, tokenize=False) == expected

@@ -15,6 +15,7 @@ from server_helpers import error_of, events_of, run, serving, tiny_llm
 from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestMetrics, RequestOutput
 from octavo.server.formats import ChatFormat, Head
 from octavo.server.tools import ToolCall, ToolFormat, detect_format, make_parser
+from octavo.text.chat import ChatTemplate
 
 HERMES = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools> answer in <tool_call></tool_call>"
@@ -157,6 +158,24 @@ def test_a_stream_with_calls() -> None:
     assert [(call["index"], call["function"]["name"]) for call in calls] == [(0, "add"), (1, "now")]
     assert json.loads(calls[0]["function"]["arguments"]) == {"a": 1, "b": [2, "}"]}
     assert [choice["finish_reason"] for choice in choices][-1] == "tool_calls"
+
+
+def test_the_template_for_tools_says_the_format(tmp_path: Path) -> None:
+    llm = tiny_llm(tmp_path)
+    tools = ChatTemplate("{# <tool_call> #}{{ tools[0].function.name }}{{ messages[0].content }}")
+    llm.chat_template = ChatTemplate("{{ messages[0].content }}", with_tools=tools)
+    tool = {"type": "function", "function": {"name": "FFF", "parameters": {}}}
+
+    async def test() -> None:
+        async with serving(llm) as (client, _):
+            for fields, prompt in (({}, "X"), ({"tools": [tool]}, "FFFX")):
+                body = {"messages": [{"role": "user", "content": "X"}], **fields}
+                answer = await client.post("/tokenize", json={**body, "return_token_strs": True})
+                assert "".join(answer.json()["token_strs"]) == prompt
+                response = await client.post("/v1/chat/completions", json={**body, "max_tokens": 1})
+                assert response.status_code == 200
+
+    run(test)
 
 
 def test_tools_reach_the_template(tmp_path: Path) -> None:

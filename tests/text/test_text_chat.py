@@ -9,6 +9,7 @@ import pytest
 from text_helpers import CHATML_TEMPLATE, LLAMA3_TEMPLATE, byte_level_directory
 
 from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.quantize.writer import copy_files
 from octavo.text.chat import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "What is 1 < 2 & 'ä'?"}]
@@ -62,7 +63,28 @@ def test_places_are_searched_in_transformers_order(tmp_path):
     assert ChatTemplate.load(tmp_path, "rag").render(MESSAGES) == "rag"
 
 
-@pytest.mark.parametrize("found", [17, [], [{"name": "default"}], [{"template": "x"}], [3]])
+def test_a_quantized_model_has_the_named_templates(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("t")
+    (source / "chat_template.jinja").write_text("d")
+    target.mkdir()
+    copy_files(source, target)
+    assert ChatTemplate.load(target).render(MESSAGES, tools=[]) == "t"
+
+
+def test_the_template_named_tool_use_is_for_messages_with_tools(tmp_path):
+    named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "{{ tools }}"}]
+    template = ChatTemplate.load(byte_level_directory(tmp_path, chat_template=named))
+    assert template.render(MESSAGES) == template.render(MESSAGES, tools=None) == "d"
+    assert template.render(MESSAGES, tools=[1]) == "[1]"
+    assert template.source == "d" and template.with_tools.source == "{{ tools }}"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [17, [], [{"name": "default"}], [{"template": "x"}], [3], [{"name": ["x"], "template": "x"}]],
+)
 def test_a_malformed_entry_is_refused(tmp_path, found):
     byte_level_directory(tmp_path, chat_template=found)
     with pytest.raises(TokenizerError, match="chat_template"):
@@ -119,11 +141,44 @@ def test_null_content_beside_tool_calls_is_an_empty_string():
     assert ChatTemplate("[{{ messages[0].content }}]").render([message]) == "[]"
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Paris"}'}}
+# Ways of writing a call (as DeepSeek-R1's template of January 2025 and later ones), and what they
+# make of one.
+_NAME = "{{ call.function.name + ' ' + call.function.arguments }}"
+CALLS_WRITTEN = {
+    "{% if m.content is none %}{% for call in m.tool_calls %}" + _NAME + "{% endfor %}{% endif %}"
+    "{% if m.content is not none %}{{ m.content + '!' }}{% endif %}": 'f {"city": "Paris"}',
+    "{% for call in m.tool_calls or [] %}{{ m.content }}" + _NAME + "{% endfor %}": (
+        'Well.f {"city": "Paris"}'
+    ),
+    "{% if m.content is none %}{{ m.tool_calls[0].function | tojson }}{% endif %}": (
+        '{"name": "f", "arguments": {"city": "Paris"}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("source", CALLS_WRITTEN)
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "f"}}]])
+def test_a_call_is_given_as_its_template_writes_it(source, tools):
+    template = ChatTemplate("{{ tools }}{% for m in messages %}" + source + "{% endfor %}")
+    message = {"role": "assistant", "content": "Well.", "tool_calls": [CALL]}
+    assert template.render([message], tools=tools) == f"{tools}{CALLS_WRITTEN[source]}"
+
+
+def test_a_call_does_not_vanish():
+    template = ChatTemplate("{% for m in messages %}{{ m.tool_calls[0].function }}{% endfor %}")
+    message = {"role": "assistant", "tool_calls": [CALL, CALL]}
+    with pytest.raises(TokenizerError, match="leaves out a call of tools .* call f, f"):
+        template.render([message])
+    refusing = ChatTemplate("{% if messages[0].tool_calls %}{{ raise_exception('no') }}{% endif %}")
+    with pytest.raises(TokenizerError, match="refuses these messages: no"):
+        refusing.render([message])
+
+
 SEEN = (
     "{% for m in messages %}{% for name in m | sort %}{{ name }}={{ m[name] | tojson }};"
     "{% endfor %}{% endfor %}"
 )
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Paris"}'}}
 
 
 @pytest.mark.parametrize(

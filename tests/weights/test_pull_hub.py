@@ -120,6 +120,8 @@ def repository_files(directory: Path, **options: Any) -> dict[str, bytes]:
     files = {entry.name: entry.read_bytes() for entry in directory.iterdir()}
     files["tokenizer.json"] = files["tokenizer_config.json"] = b"{}"
     files["chat_template.jinja"] = b"{{ messages }}"
+    files["additional_chat_templates/tool_use.jinja"] = b"{{ tools }}"
+    files["additional_chat_templates/notes.txt"] = files["other/tool_use.jinja"] = b"not one"
     files["pytorch_model.bin"] = files["original/consolidated.00.pth"] = b"pickle"
     files["README.md"] = b"# a model"
     files["onnx/config.json"] = b"{}"
@@ -161,8 +163,11 @@ def test_a_repository_becomes_a_model(num_shards: int, hub: Hub, tmp_path: Path)
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "additional_chat_templates",
         "octavo.json",
     }
+    named = [entry.name for entry in (path / "additional_chat_templates").iterdir()]
+    assert named == ["tool_use.jinja"]
     assert len(open_checkpoint(read_model(path))) == 21
     assert json.loads((path / "octavo.json").read_text()) == {
         "source": "org/model-1",
@@ -272,12 +277,16 @@ def test_an_interrupted_pull_of_another_revision_leaves_no_files(hub: Hub, tmp_p
     partial = tmp_path / "models" / ".org--big.partial"
     (partial / "model.safetensors").write_bytes(b"of the other revision")
     (partial / "chat_template.json").write_bytes(b"of the other revision")
+    templates = partial / "additional_chat_templates"
+    templates.mkdir(exist_ok=True)
+    (templates / "rag.jinja").write_bytes(b"of the other revision")
     hub.fail_once = set()
     hub.files["org/big"] = repository_files(tmp_path / "three", num_shards=3, seed=8)
     code, said = octavo(hub, tmp_path, "pull", "org/big")
     assert code == 0, said
     path = tmp_path / "models" / "org--big"
-    left = {entry.name for entry in path.iterdir()} - set(hub.files["org/big"])
+    found = (entry for entry in path.rglob("*") if entry.is_file())
+    left = {entry.relative_to(path).as_posix() for entry in found} - set(hub.files["org/big"])
     assert left == {"octavo.json"}
     assert len(open_checkpoint(read_model(path))) == 21
 

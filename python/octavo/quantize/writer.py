@@ -28,6 +28,7 @@ from octavo.progress import StageProgress
 from octavo.quantization.plan import Scheme, describe_format, plan_formats
 from octavo.quantization.rounding import QuantizedMatrix, quantize_matrix
 from octavo.quantize.calibration import CalibratedWeights, check_finite
+from octavo.text.chat import NAMED_TEMPLATES
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.codes import CompressedMatrix, Layout, pack_words, pack_zeros
 from octavo.weights.compressed_tensors import choose_layout, make_quantization_config
@@ -157,6 +158,9 @@ def copy_files(source: Folder, target: Path) -> None:
             continue
         if entry.name not in _NOT_COPIED:
             (target / entry.name).write_bytes(entry.read_bytes())
+    for entry in (source / NAMED_TEMPLATES).glob("*.jinja"):
+        (target / NAMED_TEMPLATES).mkdir(exist_ok=True)
+        (target / NAMED_TEMPLATES / entry.name).write_bytes(entry.read_bytes())
 
 
 def _layout(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> Layout:

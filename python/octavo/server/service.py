@@ -109,7 +109,8 @@ class Service:
         parser = self.options.tool_parser
         if parser == "auto":
             template = model.chat_template
-            self.tool_format = None if template is None else detect_format(template.source)
+            if template is not None:
+                self.tool_format = detect_format((template.with_tools or template).source)
         elif parser != "none":
             self.tool_format = cast("ToolFormat", parser)
         if self.phase == "loading":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo.errors import InvalidArgumentError, TokenizerError
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     import jinja2
 
 Message = Mapping[str, Any]
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder: NAME.jinja
+# How messages with calls of tools are given: whether their content is none, and the arguments text.
+_CALL_FORMS = tuple(product((False, True), (False, True)))
 
 
 @dataclass(eq=False, repr=False)
@@ -27,12 +32,14 @@ class ChatTemplate:
     sandbox, see plain data only, and reach neither files nor Python's internals.
 
     source: the template. special_tokens: bos_token, eos_token … as the template sees them. origin:
-    what error messages call the template: the file it came from.
+    what error messages call the template: the file it came from. with_tools: the template for
+    messages with tools, where the model has another one for them.
     """
 
     source: str
     special_tokens: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     origin: str = field(default="the chat template", kw_only=True)
+    with_tools: ChatTemplate | None = field(default=None, kw_only=True)
 
     @classmethod
     def load(cls, path: Folder | str, name: str = "default") -> ChatTemplate | None:
@@ -40,7 +47,8 @@ class ChatTemplate:
 
         Looked for as transformers does: chat_template.jinja (with more of them, by name, in
         additional_chat_templates/), then tokenizer_config.json (one string, or a list of named
-        ones), then the older chat_template.json.
+        ones), then the older chat_template.json. Beside the default, the one named tool_use is for
+        messages with tools.
         """
         directory = as_folder(path)
         config = read_tokenizer_config(directory)
@@ -52,7 +60,11 @@ class ChatTemplate:
                 f"{origin} has no chat template named {name!r}; it has "
                 f"{', '.join(sorted(templates))}"
             )
-        return cls(templates[name], special_tokens=special_tokens(config), origin=origin)
+        tokens = special_tokens(config)
+        with_tools = None
+        if name == "default" and "tool_use" in templates:
+            with_tools = cls(templates["tool_use"], special_tokens=tokens, origin=origin)
+        return cls(templates[name], special_tokens=tokens, origin=origin, with_tools=with_tools)
 
     def render(
         self, messages: Sequence[Message], /, add_generation_prompt: bool = True, **extra: Any
@@ -65,6 +77,13 @@ class ChatTemplate:
         Raises InvalidArgumentError for messages that are malformed, TokenizerError where the
         template fails or refuses them.
         """
+        if self.with_tools is not None and extra.get("tools") is not None:
+            return self.with_tools._render(messages, add_generation_prompt, extra)
+        return self._render(messages, add_generation_prompt, extra)
+
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, extra: Mapping[str, Any]
+    ) -> str:
         import jinja2
 
         variables = {
@@ -76,7 +95,10 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
+            variables["messages"] = self._fit_calls(variables)
             return self._template.render(variables)
+        except TokenizerError:
+            raise
         except _Refusal as error:
             raise TokenizerError(
                 f"the chat template refuses these messages: {error} ({self.origin})"
@@ -87,6 +109,31 @@ class ChatTemplate:
             raise TokenizerError(
                 f"{self.origin} fails on these messages: {type(error).__name__}: {error}"
             ) from error
+
+    def _fit_calls(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The messages in the first form in which this template writes every call of tools.
+
+        Some write a call only where the content is none, and add its arguments to a text, as
+        DeepSeek-R1's. The calls are marked for a trial. A template that knows no calls gets the
+        first form; one that does, but writes a call in no form, is a TokenizerError.
+        """
+        messages: list[dict[str, Any]] = variables["messages"]
+        calls = [call for message in messages for call in message.get("tool_calls", ())]
+        if not calls or "tool_calls" not in self.source:
+            return messages
+        marks = [f"octavo_call_{number}_" for number in range(len(calls))]
+        for form in _CALL_FORMS:
+            with suppress(Exception):
+                trial = _in_form(messages, *form, marks)
+                prompt = self._template.render({**variables, "messages": trial})
+                if all(mark in prompt for mark in marks):
+                    return _in_form(messages, *form)
+        self._template.render(variables)  # raises what keeps it from writing anything
+        names = ", ".join(call["function"]["name"] for call in calls)
+        raise TokenizerError(
+            f"{self.origin} leaves out a call of tools in these messages (they call {names}); "
+            "expected a template that writes all: leave the calls out, or give another template"
+        )
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -231,6 +278,28 @@ def _read_arguments(where: str, arguments: Any) -> Any:
         raise InvalidArgumentError(f"{where} has arguments that are no JSON: {error}") from error
 
 
+def _in_form(
+    messages: Sequence[Message], no_content: bool, as_text: bool, marks: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Messages as `check_messages` returns them, those with calls in one of _CALL_FORMS.
+
+    marks: names of the calls for a trial, one each; also their only argument.
+    """
+    names, formed = iter(marks), []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", ()):
+            function, mark = dict(call["function"]), next(names, None)
+            if mark is not None:
+                function |= {"name": mark, "arguments": {mark: mark}}
+            if as_text and not isinstance(function["arguments"], str):
+                function["arguments"] = _to_json(function["arguments"])
+            calls.append({**call, "function": function})
+        changes = {"tool_calls": calls, **({"content": None} if no_content else {})}
+        formed.append({**message, **(changes if calls else {})})
+    return formed
+
+
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
@@ -258,7 +327,7 @@ def _check_content(where: str, content: Any) -> str:
 def _find_templates(directory: Folder, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     """Name -> source, and the file they came from (its name for messages)."""
     file = directory / "chat_template.jinja"
-    named: list[FolderFile] = [*(directory / "additional_chat_templates").glob("*.jinja")]
+    named: list[FolderFile] = [*(directory / NAMED_TEMPLATES).glob("*.jinja")]
     if file.is_file() or named:
         templates: dict[Any, Any] = {p.stem: _read_text(p) for p in sorted(named, key=str)}
         if file.is_file():
@@ -277,7 +346,8 @@ def _find_templates(directory: Folder, config: Mapping[str, Any]) -> tuple[dict[
     templates = dict(found) if isinstance(found, Mapping) else {}
     for entry in found if isinstance(found, list) else ():
         if isinstance(entry, Mapping):
-            templates[entry.get("name")] = entry.get("template")
+            name = entry.get("name")
+            templates[name if isinstance(name, str) else None] = entry.get("template")
     if not templates or not all(isinstance(t, str) for pair in templates.items() for t in pair):
         raise TokenizerError(
             f"{origin} is {type(found).__name__}; expected a string, or a list of "

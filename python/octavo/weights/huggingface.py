@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from octavo.errors import DownloadError, OctavoError, UnsupportedModelError
 from octavo.files import expand_home
 from octavo.progress import Progress, folder_size, watch_folder
+from octavo.text.chat import NAMED_TEMPLATES
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
 from octavo.weights.safetensors import INDEX, SINGLE, numbered_shards, read_index
@@ -86,11 +87,7 @@ def fetch_repository(
         else:
             fetch(INDEX)
             weights = sorted(set(read_index(staging / INDEX).values()))
-        small = [
-            name
-            for name in sizes
-            if "/" not in name and (name.endswith((".json", ".jinja"))) and name != INDEX
-        ]
+        small = [name for name in sizes if _is_small_file(name) and name != INDEX]
         wanted = [*small, *weights]
         _remove_others(staging, {*wanted, INDEX} & sizes.keys())
         total = sum(sizes.get(name, 0) for name in wanted)
@@ -104,6 +101,13 @@ def fetch_repository(
         progress.finish()
     shutil.rmtree(staging / ".cache", ignore_errors=True)  # the hub's notes for resuming
     return commit
+
+
+def _is_small_file(name: str) -> bool:
+    """Whether a repository's file is configuration, tokenizer or chat template."""
+    folder, _, file = name.rpartition("/")
+    endings = {"": (".json", ".jinja"), NAMED_TEMPLATES: (".jinja",)}
+    return file.endswith(endings.get(folder, ()))
 
 
 def _check_files(repository: str, sizes: dict[str, int]) -> None:
@@ -133,8 +137,8 @@ def _check_files(repository: str, sizes: dict[str, int]) -> None:
 
 def _remove_others(staging: Path, wanted: set[str]) -> None:
     """Delete files of an interrupted pull of another revision that this one does not have."""
-    for entry in staging.iterdir():
-        if entry.is_file() and entry.name not in wanted:
+    for entry in [*staging.iterdir(), *(staging / NAMED_TEMPLATES).glob("*")]:
+        if entry.is_file() and entry.relative_to(staging).as_posix() not in wanted:
             entry.unlink()
 
 
