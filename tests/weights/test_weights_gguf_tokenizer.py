@@ -20,6 +20,7 @@ from weights_helpers import (
 
 from octavo.errors import OctavoError, TokenizerError
 from octavo.folder import MemoryFolder
+from octavo.text.chat import ChatTemplate
 from octavo.text.tokenizer import Tokenizer as OwnTokenizer
 from octavo.weights.gguf_pre_tokenizers import SPLITTINGS
 from octavo.weights.model_files import read_model
@@ -146,6 +147,82 @@ def test_the_tokenizer_configuration(tmp_path: Path) -> None:
     assert config["chat_template"].startswith("{% for m in messages %}")
     assert config["model_max_length"] == 128
     assert set(config["added_tokens_decoder"]) == {"0", "1", "2"}
+
+
+def with_tokens(tokens: list[str], kind: int, **metadata: Any) -> dict[str, Any]:
+    """The options of `write_gguf` for the tiny vocabulary with these tokens behind it."""
+    own, kinds, _ = tiny_vocabulary()
+    entries = {
+        "tokenizer.ggml.tokens": [*own, *tokens],
+        "tokenizer.ggml.token_type": [*kinds, *([kind] * len(tokens))],
+        "tokenizer.ggml.eot_token_id": None,
+        "llama.vocab_size": len(own) + len(tokens),
+        **metadata,
+    }
+    return {"config": gguf_config(vocab_size=len(own) + len(tokens)), "metadata": entries}
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+def test_an_answer_ends_with_tokens_that_the_file_does_not_name(kind: int, tmp_path: Path) -> None:
+    """They are known by their texts, and are control tokens whatever their type in the file."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, **with_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "x</s>"], kind))
+    files = read_model(path)
+    tokens = OwnTokenizer(files.folder)
+    ends = {tokens.token_id(text) for text in ("<|im_end|>", "<|endoftext|>")}
+    assert {*files.eos_token_ids} == {1, *ends} and files.eos_token_ids[0] == 1
+    assert tokens.encode("x<|im_end|>")[1:] == [tokens.token_id("<|im_end|>")]
+    assert ends <= tokens.special_ids
+    assert (tokens.token_id("<|im_start|>") in tokens.special_ids) == (kind == 3)
+    pulled = read_model(convert(tmp_path, **with_tokens(["<|im_end|>"], kind)))
+    assert pulled.eos_token_ids == (1, 263)
+    assert OwnTokenizer(pulled.folder).encode("x<|im_end|>")[1:] == [263]
+
+
+def test_an_answer_of_gpt_oss_goes_on_behind_a_message(tmp_path: Path) -> None:
+    path, eos = tmp_path / "model.gguf", {"tokenizer.ggml.eos_token_id": 263}
+    for tokens, ends in (
+        (["<|return|>"], {263, 1}),  # 1 is <|end|>
+        (["<|return|>", "<|call|>"], {263, 264}),
+    ):
+        write_gguf(path, **with_tokens(tokens, 3, **eos))
+        assert {*read_model(path).eos_token_ids} == ends
+
+
+@pytest.mark.parametrize(
+    ("name", "swallows"),
+    [("Phi3", True), ("Phi 3.5 mini", True), ("Phi-3-medium", True), ("Phi 4", False)],
+)
+def test_phi3s_tokens_swallow_the_blanks_behind_them(
+    name: str, swallows: bool, tmp_path: Path
+) -> None:
+    metadata = sentencepiece_metadata() | {"general.name": name}
+    metadata["tokenizer.ggml.tokens"] += ["<|endoftext|>", "<|user|>", "<|end|>"]
+    metadata["tokenizer.ggml.token_type"] += [3, 3, 4]
+    metadata["tokenizer.ggml.scores"] += [-1000.0] * 3
+    config = gguf_config(vocab_size=len(metadata["tokenizer.ggml.tokens"]))
+    pulled = convert(tmp_path, config=config, metadata=metadata)
+    for folder in (read_model(tmp_path / "model.gguf").folder, pulled):
+        tokens = OwnTokenizer(folder)
+
+        def count(token: str, tokens: OwnTokenizer = tokens) -> int:
+            return len(tokens.encode(f"{token} \n", add_special_tokens=False))
+
+        for token in ("<|user|>", "<|end|>", "</s>"):
+            assert (count(token) == 1) == swallows, token
+        for token in ("<|endoftext|>", "<s>", "<unk>"):
+            assert count(token) > 1
+
+
+def test_templates_with_names(tmp_path: Path) -> None:
+    entries = {"tokenizer.chat_template.tool_use": "t", "tokenizer.chat_templates": ["tool_use"]}
+    template = ChatTemplate.load(convert(tmp_path, metadata=entries))
+    assert template is not None
+    messages = [{"role": "user", "content": "x"}]
+    assert template.render(messages) == "x" and template.render(messages, tools=[1]) == "t"
+    # Without a default there is none, as for a base model.
+    entries["tokenizer.chat_template"] = ""
+    assert ChatTemplate.load(convert(tmp_path, metadata=entries)) is None
 
 
 @pytest.mark.parametrize(

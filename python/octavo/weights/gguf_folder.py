@@ -13,7 +13,7 @@ from octavo.models.family import GgufHeader
 from octavo.models.fields import Fields
 from octavo.models.registry import find_gguf_family
 from octavo.weights.gguf_parts import GgufParts, OutputDType
-from octavo.weights.gguf_tokenizer import Vocabulary, make_config, make_tokenizer
+from octavo.weights.gguf_tokenizer import Vocabulary, find_ends, make_config, make_tokenizer
 
 _TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -80,7 +80,8 @@ class GgufFolder(MemoryFolder):
         return _json(make_config(self._vocabulary, self.config["max_position_embeddings"]))
 
     def _generation_config(self) -> dict[str, Any]:
-        found = map(self._token_id, ("eos", "eot", "eom"))  # of a text, a turn, a message
+        named = map(self._token_id, ("eos", "eot", "eom"))  # of a text, a turn, a message
+        found = (*named, *find_ends(self.parts.metadata))
         ends = list(dict.fromkeys(token for token in found if token is not None))
         values = {
             "bos_token_id": self.config["bos_token_id"],

@@ -8,6 +8,7 @@ without any error; so unknown names are refused.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,23 @@ if TYPE_CHECKING:
 
 # llama.cpp's numbers for the kinds of tokens.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+# Texts of the tokens that end a text, a turn or a message, by which llama.cpp finds them.
+_ENDS = frozenset(
+    (
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"),
+        *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "< EOT >", "_<EOT>", "[EOT]", "[EOS]"),
+        *("<|end_of_text|>", "<end_of_utterance>", "<eos>"),
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek's
+    )
+)
 
 
 class Vocabulary:
     """The entries tokenizer.ggml.* of a file, checked.
 
-    metadata: of the file. tokens: by id. kinds: llama.cpp's number for the kind of each.
-    specials: ids of the tokens that stand for no text.
+    metadata: of the file. tokens: by id. kinds: llama.cpp's number for the kind of each; what ends
+    an answer is a control token, whatever the file says. added: by id, the tokens that are matched
+    whole in a text, as the tokenizers library describes them.
     """
 
     def __init__(self, metadata: Mapping[str, Any], vocab_size: int) -> None:
@@ -44,13 +55,37 @@ class Vocabulary:
                 f"tokenizer.ggml.tokens holds {len(tokens)} tokens; expected at most {vocab_size}, "
                 "the rows of token_embd.weight"
             )
-        self.kinds = kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+        kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
         if not isinstance(kinds, list) or len(kinds) != len(tokens):
             raise TokenizerError(
                 f"tokenizer.ggml.token_type is {describe(kinds)}; expected one number for each of "
                 f"the {len(tokens)} tokens"
             )
-        self.specials = [i for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL)]
+        ends = find_ends(metadata)
+        self.kinds = kinds = [_CONTROL if i in ends else kind for i, kind in enumerate(kinds)]
+        self.added = {
+            index: self._describe(index)
+            for index, kind in enumerate(kinds)
+            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        }
+
+    def _describe(self, index: int) -> dict[str, Any]:
+        """A token that is matched whole: control tokens are special, user-defined ones are not.
+
+        A file does not say which blanks a token takes with it. In Phi-3's vocabulary all take
+        those behind them, but for three (llama.cpp knows it by its name too).
+        """
+        token, metadata = self.tokens[index], self.metadata
+        names = f"{metadata.get('general.architecture')} {metadata.get('general.name')}".lower()
+        is_phi3 = metadata.get("tokenizer.ggml.model") == "llama" and re.search("phi[- ]?3", names)
+        return {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": bool(is_phi3) and token not in ("<unk>", "<s>", "<|endoftext|>"),
+            "single_word": False,
+            "special": self.kinds[index] != _USER_DEFINED,
+        }
 
     def special_token(self, kind: str) -> str | None:
         """The token for "bos", "eos", ...; None where the file names none."""
@@ -79,6 +114,22 @@ class Vocabulary:
         return value
 
 
+def find_ends(metadata: Mapping[str, Any]) -> list[int]:
+    """Ids of the tokens that end an answer, found by their texts as llama.cpp finds them.
+
+    Few files name them: tokenizer.ggml.eos_token_id is often the end of a text, not of a turn.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    texts = enumerate(tokens if isinstance(tokens, list) else ())
+    found = {token: i for i, token in texts if isinstance(token, str) and token in _ENDS}
+    if {
+        "<|return|>",
+        "<|call|>",
+    } <= found.keys():  # gpt-oss: a message ends, and the answer goes on
+        found.pop("<|end|>", None)
+    return list(found.values())
+
+
 def make_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     """The tokenizer; TokenizerError with the metadata entry that cannot be converted exactly."""
     model = vocabulary.metadata.get("tokenizer.ggml.model")
@@ -98,11 +149,9 @@ def make_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
 
 def make_config(vocabulary: Vocabulary, context_length: int) -> dict[str, Any]:
     """tokenizer_config.json."""
-    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     config: dict[str, Any] = {
         "added_tokens_decoder": {
-            str(index): {"content": vocabulary.tokens[index], **plain, "special": True}
-            for index in vocabulary.specials
+            str(index): token for index, token in vocabulary.added.items() if token["special"]
         },
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
@@ -116,8 +165,20 @@ def make_config(vocabulary: Vocabulary, context_length: int) -> dict[str, Any]:
             config[f"{theirs}_token"] = token
     template = vocabulary.metadata.get("tokenizer.chat_template")
     if isinstance(template, str) and template:
-        config["chat_template"] = template
+        others = _named_templates(vocabulary.metadata)
+        default = {"name": "default", "template": template}
+        config["chat_template"] = [default, *others] if others else template
     return config
+
+
+def _named_templates(metadata: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Those beside the default, as tokenizer_config.json lists them."""
+    prefix = "tokenizer.chat_template."
+    return [
+        {"name": key.removeprefix(prefix), "template": source}
+        for key, source in metadata.items()
+        if key.startswith(prefix) and isinstance(source, str)
+    ]
 
 
 def _byte_level_bpe(vocabulary: Vocabulary) -> Tokenizer:
@@ -224,17 +285,10 @@ def _check_scores(ranked: list[tuple[float, tuple[str, str]]]) -> None:
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
-    """Tokens matched whole in the text: control tokens (special), and user-defined ones."""
     from tokenizers import AddedToken
 
     # In one call: each one builds the search for all of them anew.
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
-            for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
-            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-        ]
-    )
+    tokenizer.add_tokens([AddedToken(**token) for token in vocabulary.added.values()])
 
 
 def _add_bos_and_eos(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
