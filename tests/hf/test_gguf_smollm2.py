@@ -92,12 +92,13 @@ def test_every_weight_equals_transformers_exactly(
             )
 
 
-def test_the_configuration_is_the_published_one(model_directory: Path) -> None:
+def test_the_configuration_is_the_published_one(model_directory: Path, gguf_file: Path) -> None:
     config = json.loads((model_directory / "config.json").read_text())
     assert {name: config[name] for name in PUBLISHED} == PUBLISHED
     assert set(config) - set(PUBLISHED) == {"attention_dropout", "head_dim"}
     assert config["head_dim"] == 64
-    assert read_model(model_directory).eos_token_ids == (2,)
+    assert read_model(model_directory).eos_token_ids[0] == 2
+    assert read_model(gguf_file).eos_token_ids == (2, 0)  # the published one has no <|endoftext|>
 
 
 def test_the_tokenizer_is_the_published_one(model_directory: Path) -> None:

@@ -143,6 +143,26 @@ def test_malformed_tokenizer_config_is_named(tmp_path):
         Tokenizer(path)
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "llama", None])
+@pytest.mark.parametrize("digits", [r"\p{N}{1,3}", r"\p{N}"])
+def test_mistrals_tokens_with_llama3s_splitting_are_warned_of(tmp_path, model_type, digits):
+    path = byte_level_directory(tmp_path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"<filler{i}>": i for i in range(len(vocabulary), 100_001)}
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    split["pattern"] = {"Regex": rf"\p{{L}}+|{digits}|\s+"}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split]}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    if model_type is not None:
+        (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if model_type == "mistral" and "{1,3}" in digits:
+        with pytest.warns(UserWarning, match=r"tokenizer.json splits digits in threes.*Mistral's"):
+            Tokenizer(path)
+    else:
+        Tokenizer(path)  # a warning would be an error
+
+
 def test_missing_tokenizer_says_what_to_do(tmp_path):
     assert not holds_tokenizer(tmp_path)
     with pytest.raises(TokenizerError, match="no tokenizer.json; expected .*\n.*AutoTokenizer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,7 @@ class Tokenizer:
             self._tokenizer.no_padding()
             named = self._add_special_tokens()
             added = self._tokenizer.get_added_tokens_decoder()
+            self._warn_of_wrong_splitting(directory)
         # Makes fresh decoders for one stream of tokens.
         self.pipeline = PipelineFactory(decoder, str(self.path)).create
         self._token_bytes: dict[tuple[int, bool], bytes] = {}  # of those that were asked for
@@ -190,6 +192,22 @@ class Tokenizer:
             ]
         )
         return {name: token_content(self.config.get(name)) for name in _NAMED_TOKENS}
+
+    def _warn_of_wrong_splitting(self, directory: Folder) -> None:
+        """Some Mistral models were published with Llama 3's way of splitting a text."""
+        config, splitting = directory / "config.json", self._tokenizer.pre_tokenizer
+        if self.vocab_size <= 100_000 or splitting is None or not config.is_file():
+            return
+        is_mistral = read_json(config).get("model_type") in ("mistral", "ministral")
+        if is_mistral and rb"\p{N}{1,3}" in splitting.__getstate__():
+            warnings.warn(
+                f"{self.path} splits digits in threes, as Llama 3's tokenizer; expected Mistral's "
+                "way of splitting, with which the model was trained. Its tokens are those of the "
+                "file, as in transformers, and answers may be worse: take a newer revision of the "
+                "model, or save the tokenizer with "
+                "AutoTokenizer.from_pretrained(..., fix_mistral_regex=True)",
+                stacklevel=4,
+            )
 
 
 def holds_tokenizer(directory: Folder) -> bool:
