@@ -42,7 +42,11 @@ def test_every_file_that_changes_answers_counts(tmp_path):
         found.add(model_digest(directory))
     write_config(directory, chat_template=CHATML_TEMPLATE)
     found.add(model_digest(directory))
-    assert len(found) == 2 + len(FILES) + 3
+    (directory / "additional_chat_templates").mkdir()
+    for content in ("", "x"):
+        (directory / "additional_chat_templates" / "tool_use.jinja").write_text(content)
+        found.add(model_digest(directory))
+    assert len(found) == 4 + len(FILES) + 3
 
 
 @pytest.mark.parametrize("name", sorted(random_weights(tiny_config())))

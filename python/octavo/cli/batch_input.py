@@ -126,7 +126,7 @@ def tool_format_of(llm: LLM, body: ChatBody) -> ToolFormat | None:
     from octavo.server.tools import detect_format
 
     own = llm.chat_template
-    template = body.chat_template or (None if own is None else own.source)
+    template = body.chat_template or (None if own is None else own.source_with_tools)
     return None if template is None else detect_format(template)
 
 

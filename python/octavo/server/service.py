@@ -110,7 +110,7 @@ class Service:
         if parser == "auto":
             template = model.chat_template
             if template is not None:
-                self.tool_format = detect_format((template.with_tools or template).source)
+                self.tool_format = detect_format(template.source_with_tools)
         elif parser != "none":
             self.tool_format = cast("ToolFormat", parser)
         if self.phase == "loading":

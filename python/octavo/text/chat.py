@@ -66,6 +66,11 @@ class ChatTemplate:
             with_tools = cls(templates["tool_use"], special_tokens=tokens, origin=origin)
         return cls(templates[name], special_tokens=tokens, origin=origin, with_tools=with_tools)
 
+    @property
+    def source_with_tools(self) -> str:
+        """The template for messages with tools."""
+        return (self.with_tools or self).source
+
     def render(
         self, messages: Sequence[Message], /, add_generation_prompt: bool = True, **extra: Any
     ) -> str:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from octavo.folder import Folder
 from octavo.models.adapter import Adapter
+from octavo.text.chat import NAMED_TEMPLATES
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.safetensors import open_weight_files
 
@@ -39,7 +40,8 @@ def model_digest(folder: Folder, load_format: str = "auto") -> str:
         digest.update(f"{name!r} {len(content)}\n".encode())
         digest.update(content)
 
-    for name in _TEXT_FILES:
+    templates = sorted(file.name for file in (folder / NAMED_TEMPLATES).glob("*.jinja"))
+    for name in (*_TEXT_FILES, *(f"{NAMED_TEMPLATES}/{name}" for name in templates)):
         file = folder / name
         if file.is_file():
             add(name, file.read_bytes())

@@ -122,11 +122,8 @@ def find_ends(metadata: Mapping[str, Any]) -> list[int]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     texts = enumerate(tokens if isinstance(tokens, list) else ())
     found = {token: i for i, token in texts if isinstance(token, str) and token in _ENDS}
-    if {
-        "<|return|>",
-        "<|call|>",
-    } <= found.keys():  # gpt-oss: a message ends, and the answer goes on
-        found.pop("<|end|>", None)
+    if {"<|return|>", "<|call|>"} <= found.keys():
+        found.pop("<|end|>", None)  # gpt-oss: a message ends, and the answer goes on
     return list(found.values())
 
 
