@@ -17,7 +17,7 @@ from server_helpers import fake_llm, listening
 
 from octavo.bench.serve_client import Client, Record
 from octavo.bench.serve_plot import draw, plot
-from octavo.bench.serve_report import Slo, parse_slo, summarize
+from octavo.bench.serve_report import Slo, cached_share, parse_slo, summarize
 from octavo.bench.serve_run import Load, Measured, run_load
 from octavo.bench.serve_workload import (
     Job,
@@ -84,7 +84,7 @@ def record(start: float, times: list[float], tokens: int, **fields: object) -> R
 
 
 def test_figures_by_hand() -> None:
-    good = record(1.0, [1.5, 1.6, 1.8], 3)
+    good = record(1.0, [1.5, 1.6, 1.8], 3, num_cached_tokens=8)
     slow = record(2.0, [6.0, 6.5], 2)
     bad = [record(1.0, [], 0, status=429, error="full"), record(1.0, [1.1], 1, error="cut off")]
     measured = Measured(Load(4, 2), 5.0, (good, slow, *bad))
@@ -97,6 +97,9 @@ def test_figures_by_hand() -> None:
     assert found["itl_ms"]["mean"] == pytest.approx(1000 * (0.1 + 0.2 + 0.5) / 3, abs=0.01)
     assert found["slo_kept"] == 0.25 and found["goodput_requests_per_second"] == 0.2
     assert found["slo_ms"] == {"ttft": 1000.0, "itl": 200.0}
+    assert found["cached_prompt_tokens"] == 8 and cached_share(found) == 0.4
+    untold = summarize(Measured(Load(1, 1), 5.0, (slow,)))
+    assert untold["cached_prompt_tokens"] is None and cached_share(untold) is None
     assert good.mean_gap == pytest.approx(0.15)
     json.dumps(found, allow_nan=False)
 
@@ -237,7 +240,27 @@ def test_the_command(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(load["answer_tokens"] == 24 for load in content["loads"])
     assert content["asked"]["model"] == "tiny" and content["octavo"]
     ElementTree.fromstring(drawing.read_text())
+    assert "prompt tokens cached, %" in shown and content["loads"][0]["cached_prompt_tokens"] == 0
     assert main(["bench", "serve", url, "--api-key", "wrong"]) == 2
     assert "status 401" in capsys.readouterr().err
     for wrong in (["-u", "0"], ["--rate", "-1"], ["-r", "-1"], ["-p", "x"], ["--slo", "x"]):
         assert main(["bench", "serve", url, "--api-key", "k", *wrong]) == 2
+
+
+def test_a_second_run_does_not_find_the_first_ones_prompts_without_saying_so(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset, result = tmp_path / "jobs.jsonl", tmp_path / "result.json"
+    dataset.write_text(json.dumps({"prompt": "ABCD" * 16, "ignore_eos": True}))
+    words = ["bench", "serve", url, "--api-key", "k", "-r", "2", "-u", "1", "--json", str(result)]
+    seeds = set()
+    for more in ([], [], ["--seed", "7"]):
+        assert main([*words, "--dataset", str(dataset), "-n", "2", *more]) == 0
+        shown = " ".join(capsys.readouterr().err.split())
+        content = json.loads(result.read_text())
+        seeds.add(content["asked"]["seed"])
+        assert f"seed {content['asked']['seed']}" in shown
+        # All but the last token of a prompt that was asked before the first that is measured.
+        assert content["loads"][0]["cached_prompt_tokens"] == 2 * 63
+        assert "1 user: 98% of the prompts' tokens were in the server's prefix cache" in shown
+    assert len(seeds) == 3 and 7 in seeds

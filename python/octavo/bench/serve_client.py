@@ -26,7 +26,7 @@ class Record:
     """The result of one request; times in seconds of `time.perf_counter`.
 
     chunk_times: when each piece of text came; pieces: the text. status: of HTTP, 0 where there was
-    no answer.
+    no answer. num_cached_tokens: of the prompt, in the server's cache; None where it does not tell.
     """
 
     start: float
@@ -37,6 +37,7 @@ class Record:
     num_answer_tokens: int = 0
     status: int = 0
     error: str | None = None
+    num_cached_tokens: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -167,6 +168,8 @@ def _take_event(event: bytes, now: float, record: Record) -> None:
     if usage := found.get("usage"):
         record.num_prompt_tokens = usage.get("prompt_tokens", 0)
         record.num_answer_tokens = usage.get("completion_tokens", 0)
+        details = usage.get("prompt_tokens_details") or {}
+        record.num_cached_tokens = details.get("cached_tokens")
     for choice in found.get("choices") or ():
         if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
             record.chunk_times.append(now)

@@ -61,6 +61,7 @@ def summarize(measured: Measured, slo: Slo | None = None) -> dict[str, Any]:
     }
     prompt = sum(record.num_prompt_tokens for record in good)
     answer = sum(record.num_answer_tokens for record in good)
+    cached = [r.num_cached_tokens for r in good if r.num_cached_tokens is not None]
     result: dict[str, Any] = {
         "load": measured.load.name,
         "concurrency": measured.load.concurrency,
@@ -70,6 +71,7 @@ def summarize(measured: Measured, slo: Slo | None = None) -> dict[str, Any]:
         "errors": dict(Counter(_reason(r) for r in measured.records if not r.ok)),
         "seconds": round(seconds, 3),
         "prompt_tokens": prompt,
+        "cached_prompt_tokens": sum(cached) if cached else None,  # None: the server does not tell
         "answer_tokens": answer,
         "requests_per_second": round(len(good) / seconds, 3),
         "answer_tokens_per_second": round(answer / seconds, 2),
@@ -103,7 +105,10 @@ def make_table(summaries: Sequence[dict[str, Any]]) -> Table:
         table.add_row(name, *(format(value, form) for value in found), end_section=last)
 
     add("requests", "d", "requests")
-    add("failed", "d", "failed", last=True)
+    add("failed", "d", "failed")
+    shares = [cached_share(summary) for summary in summaries]
+    cached = ("not told" if share is None else f"{100 * share:.0f}" for share in shares)
+    table.add_row("prompt tokens cached, %", *cached, end_section=True)
     add("answer tokens a second", ",.1f", "answer_tokens_per_second")
     add("all tokens a second", ",.1f", "total_tokens_per_second")
     add("requests a second", ",.2f", "requests_per_second", last=True)
@@ -114,6 +119,12 @@ def make_table(summaries: Sequence[dict[str, Any]]) -> Table:
         table.add_row("within the SLO", *(f"{100 * s['slo_kept']:.0f} %" for s in summaries))
         add("goodput, requests a second", ".2f", "goodput_requests_per_second")
     return table
+
+
+def cached_share(summary: dict[str, Any]) -> float | None:
+    """Which part of the prompts' tokens the server had cached; None where it does not tell."""
+    cached = summary["cached_prompt_tokens"]
+    return None if cached is None else cached / max(1, summary["prompt_tokens"])
 
 
 def _reason(record: Record) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from octavo.bench.serve_workload import Job
 
 _asked = partial(option, panel="Requests")
+_MOST_CACHED = 0.05  # of the prompts' tokens, without a note about it
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,13 @@ class Requests:
             metavar="FILE",
         ),
     ] = None
-    seed: Annotated[int, _asked("Seed of words, lengths and arrivals.")] = 0
+    seed: Annotated[
+        int | None,
+        _asked(
+            "Seed of words, lengths and arrivals. Left out: a new one, so that a second run does "
+            "not find the prompts of the first in the server's prefix cache."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ def bench_serve(
     from rich.console import Console
 
     from octavo.bench.serve_client import Client
-    from octavo.bench.serve_report import make_table, parse_slo, summarize
+    from octavo.bench.serve_report import cached_share, make_table, parse_slo, summarize
     from octavo.config import read_environment
 
     if results.plot_file is not None:
@@ -152,14 +160,22 @@ def bench_serve(
         need_matplotlib()  # before anything is measured
     limits = None if results.slo is None else parse_slo(results.slo)
     loads = _loads(arrivals)
-    jobs = _jobs(asked)
+    seed = secrets.randbelow(10**9) if asked.seed is None else asked.seed
+    asked = replace(asked, seed=seed)
+    jobs = _jobs(asked, seed)
     client = Client(url, api_key or read_environment().api_key, timeout)
-    measured, served = asyncio.run(_measure(client, model, jobs, loads, asked.seed))
+    measured, served = asyncio.run(_measure(client, model, jobs, loads, seed))
     summaries = [summarize(found, limits) for found in measured]
     Console().print(make_table(summaries))
     for summary in summaries:
         for reason, count in summary["errors"].items():
             print_error(f"{summary['load']}: {count} failed: {reason}")
+        if (share := cached_share(summary) or 0) > _MOST_CACHED:
+            note(
+                f"{summary['load']}: {share:.0%} of the prompts' tokens were in the server's "
+                "prefix cache, so first tokens came sooner than for new prompts. Prompts are new "
+                "where --seed, --shared-prefix and --dataset are left out"
+            )
     stamp = {"url": url, "model": served, **vars(asked)}
     stamp["dataset"] = asked.dataset and str(asked.dataset)
     _write(results, stamp, measured, summaries)
@@ -183,14 +199,14 @@ def _loads(arrivals: Arrivals) -> list[Load]:
     ]
 
 
-def _jobs(asked: Requests) -> Iterator[Job]:
+def _jobs(asked: Requests, seed: int) -> Iterator[Job]:
     from octavo.bench.serve_workload import jobs_of_file, parse_lengths, random_jobs
 
     answers = parse_lengths("--answer-len", asked.answer_len)
     if asked.dataset is not None:
-        return jobs_of_file(asked.dataset, answers, asked.seed)
+        return jobs_of_file(asked.dataset, answers, seed)
     prompts = parse_lengths("--prompt-len", asked.prompt_len)
-    return random_jobs(prompts, answers, asked.shared_prefix, asked.seed)
+    return random_jobs(prompts, answers, asked.shared_prefix, seed)
 
 
 async def _measure(
@@ -203,7 +219,7 @@ async def _measure(
     if not warm_up.ok:
         reason = warm_up.error or f"status {warm_up.status}, and no text"
         raise InvalidArgumentError(f"the server does not answer a first request: {reason}")
-    note(f"measuring {served} at {client.url}")
+    note(f"measuring {served} at {client.url}, seed {seed}")
     found = []
     with progress_bar("count", keep=True) as bar:
         for load in loads:
