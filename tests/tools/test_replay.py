@@ -277,7 +277,15 @@ def test_replay_on_the_command_line(log_path: Path, output: Output) -> None:
     ("arguments", "message"),
     [
         (["--speed", "0"], "--speed is 0.0; expected a number above 0"),
-        (["--fixed", "-1"], "a cost is below 0"),
+        (["--fixed", "-1"], "--fixed is -1.0; expected seconds, 0 or more"),
+        (["--per-token", "nan"], "--per-token is nan; expected seconds"),
+        (["--per-attended", "inf"], "--per-attended is inf; expected seconds"),
+        (["--max-num-seqs", "0"], "max_num_seqs is 0; expected an integer, 1 or more"),
+        (["--max-num-seqs", "-3"], "max_num_seqs is -3"),
+        (["--max-num-batched-tokens", "0"], "max_num_batched_tokens is 0"),
+        (["--max-waiting-requests", "0"], "max_waiting_requests is 0"),
+        (["--priority-ageing-seconds", "-1"], "priority_ageing_seconds is -1.0"),
+        (["--num-kv-blocks", "0"], "num_kv_blocks is 0"),
         (["--num-kv-blocks", "2"], "the whole KV cache holds 32"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -136,13 +137,15 @@ def replay(
     from octavo.trace.replay import arrivals_of, options_of, summarize
     from octavo.trace.simulation import CostModel, Simulation, fit_costs
 
-    if not 0 < speed < float("inf"):
+    if not 0 < speed < math.inf:
         raise InvalidArgumentError(f"--speed is {speed}; expected a number above 0")
     recorded = read_log(log or _newest())
     given = {"fixed": fixed, "per_token": per_token, "per_attended": per_attended}
     known = {name: value for name, value in given.items() if value is not None}
-    if any(value < 0 for value in known.values()):
-        raise InvalidArgumentError("a cost is below 0; expected seconds, 0 or more")
+    for name, value in known.items():
+        if not 0 <= value < math.inf:
+            option = name.replace("_", "-")
+            raise InvalidArgumentError(f"--{option} is {value}; expected seconds, 0 or more")
     costs = CostModel(**known) if len(known) == 3 else replace(fit_costs(recorded.steps), **known)
     options, num_blocks = options_of(
         recorded,

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from octavo.config import RuntimeOptions
+from octavo.config import EngineConfig, RuntimeOptions
 from octavo.errors import InvalidArgumentError
 from octavo.trace.log_file import LogFile, Record, first, num_answers
 from octavo.trace.simulation import Arrival, End
@@ -66,7 +66,8 @@ def arrivals_of(log: LogFile, speed: float = 1.0) -> list[Arrival]:
 def options_of(log: LogFile, changes: Mapping[str, Any]) -> tuple[RuntimeOptions, int]:
     """(options, number of KV blocks) of the engine that wrote the log, with changes.
 
-    changes: fields of RuntimeOptions, or num_kv_blocks; None keeps the log's value.
+    changes: fields of RuntimeOptions, or num_kv_blocks; None keeps the log's value. Raises
+    InvalidArgumentError for a value that an engine would not take.
     """
     header = log.header
     try:
@@ -91,6 +92,7 @@ def options_of(log: LogFile, changes: Mapping[str, Any]) -> tuple[RuntimeOptions
     given = {name: value for name, value in changes.items() if value is not None}
     num_blocks = given.pop("num_kv_blocks", num_blocks)
     values.update(given)
+    EngineConfig(num_kv_blocks=num_blocks, **values)  # checks them
     # The ring must hold a whole simulation.
     values["rope_switch"] = header.get("rope_switch", 0)
     options = RuntimeOptions(dtype="f32", kv_dtype="f32", event_log_capacity=10**8, **values)
