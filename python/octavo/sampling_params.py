@@ -55,7 +55,7 @@ class SamplingParams:
     """Options of one request. Every field is checked on construction.
 
     What vLLM's users write is understood: -1 for "all" (top_k), for "as many as fit" (max_tokens)
-    and for "draw one" (seed); None for the default of a field (but of max_tokens, where it is as
+    and for "none" (seed); None for the default of a field (but of max_tokens, where it is as
     many as fit); one stop string without a list; numbers of NumPy.
 
     temperature: 0 takes the most probable token (greedy); higher is more random.
@@ -63,8 +63,9 @@ class SamplingParams:
     top_p: keep the smallest set of tokens whose probability reaches top_p; 1 keeps all, 0 the most
         probable one.
     min_p: drop tokens less probable than min_p times the most probable one; 0 keeps all.
-    seed: the same seed gives the same text, in any batch; None takes a random one. 64 bits; a
-        negative number stands for itself plus 2**64.
+    seed: the same seed gives the same text, in any batch. None takes one that follows from the
+        engine's seed and the request's id: `LLM` numbers its requests, so a program that is run
+        again gives the same texts. 64 bits; a negative number stands for itself plus 2**64.
     max_tokens: stop after so many new tokens; None: where the context or the KV cache ends. 0 with
         prompt_logprobs alone: the prompt is computed, and nothing is sampled.
     min_tokens: no stop string, stop token or end of text before so many new tokens.
@@ -115,7 +116,7 @@ class SamplingParams:
     top_k: int = _limited(0, -1, None, "0 or -1 to keep all tokens")
     top_p: float = _limited(1.0, 0.0, 1.0, "1 to keep all tokens")
     min_p: float = _limited(0.0, 0.0, 1.0, "0 to keep all tokens")
-    seed: int | None = _limited(None, -(2**63), MAX_SEED, "None for a random seed")
+    seed: int | None = _limited(None, -(2**63), MAX_SEED, "None for one from the engine's seed")
     max_tokens: int | None = _limited(256, 0, None, "None for as many as fit")
     min_tokens: int = _limited(0, 0, None, "0 for any")
     stop: tuple[str, ...] = ()

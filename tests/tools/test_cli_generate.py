@@ -111,8 +111,12 @@ def test_seeds_repeat_and_differ(model, capsys):
     first = text("--json", "--seed", "7")
     assert first == {**text("--json", "--seed", "7"), "timings": first["timings"]}
     assert first["text"] != text("--json", "--seed", "8")["text"]
-    drawn = text("--json")  # a seed is drawn, and told, so that the text can be had again
-    assert drawn["text"] == text("--json", "--seed", str(drawn["seed"]))["text"]
+    seeds = set()
+    for more in ([], ["--seed", "-1"], ["--seed", "-1"]):
+        drawn = text("--json", *more)  # a seed is drawn, and told, so that it can be had again
+        assert drawn["text"] == text("--json", "--seed", str(drawn["seed"]))["text"]
+        seeds.add(drawn["seed"])
+    assert len(seeds) == 3
 
 
 def test_several_answers(model, capsys):

@@ -155,12 +155,12 @@ def sampling_options(
     """Give a command the options of sampling; `params` becomes a SamplingParams.
 
     more: fields of _Logprobs that it takes besides. without: fields that it does not take.
-    defaults: in place of SamplingParams's. Where the temperature is above 0 and no seed is named,
-    it gets a random one, short enough to type again.
+    defaults: in place of SamplingParams's. Where the temperature is above 0 and no seed is named
+    (or -1), it gets a random one, short enough to type again.
     """
 
     def make(**given: Any) -> SamplingParams:
-        if given["temperature"] > 0 and given["seed"] is None:
+        if given["temperature"] > 0 and given["seed"] in (None, -1):
             given["seed"] = secrets.randbelow(10**9)
         return SamplingParams(**given)
 
