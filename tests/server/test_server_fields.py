@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,3 +256,16 @@ def test_rarely_used_filters_and_words_reach_the_parameters() -> None:
         expected = {**asked, **lists, "allowed_token_ids": (3, 7)}
         assert {name: getattr(params, name) for name in asked} == expected
         assert not slips(body)
+
+
+def test_the_documentation_lists_fields_as_offered_or_as_refused() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    section = text.split("### Fields of a request")[1].split("\n## ")[0]
+    lists = [part for part in section.split("\n\n") if part.startswith("Of ")]
+    assert "bad_words" not in lists[0] and "typical_p" in lists[2]
+    listed = set(re.findall(r"`([a-z_]+)`", " ".join(lists)))
+    offered = ChatBody.model_fields.keys() | CompletionBody.model_fields.keys()
+    assert len(listed) > 40 and listed - {"max_completion_tokens"} <= offered
+    refused = section.split("is refused with its name: ")[1].split(" … ")[0]
+    named = set(re.findall(r"`([a-z_]+)`", refused.replace("`echo` in a chat", "")))
+    assert named and not named & listed
