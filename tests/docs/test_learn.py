@@ -50,6 +50,15 @@ def test_a_toy_is_short_and_needs_numpy_alone(toy: Path) -> None:
     assert names <= {"numpy", "importlib", "collections"}
 
 
+def test_an_experiment_without_matplotlib_says_how_to_get_it() -> None:
+    script = FOLDER / "experiments/01_forward_pass.py"
+    hidden = "import runpy, sys; sys.modules['matplotlib'] = None; sys.path.insert(0, sys.argv[2])"
+    done = run("-c", f"{hidden}; runpy.run_path(sys.argv[1])", script, script.parent)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: the plot needs matplotlib")
+    assert done.stderr == done.stderr.rstrip() + "\n" and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("script", PICTURES, ids=lambda script: script.name)
 def test_a_picture_is_what_its_script_draws(script: Path, tmp_path: Path) -> None:
     drawn = script.with_suffix(".svg").read_text(encoding="utf-8")

@@ -43,7 +43,7 @@ NOT_RUN = {
 # Words of the documentation that stand for the reader's own: pattern -> what is there in the tests.
 WORDS = {
     r"--json-schema FILE\b": "--json-schema city.json",
-    r"^\.venv(-demo)?/bin/octavo\b": "octavo",
+    r"^\.venv(-demo)?/bin/(octavo|python)\b": r"\2",
     r"\bFILE\.gguf\b": "tiny.gguf",
     r"\bFILE\.json\b": "results.json",
     r"\bORG/NAME\b": "smollm2-135m",

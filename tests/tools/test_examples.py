@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,9 @@ def run(name: str, *words: str, stdin: str = "") -> str:
 
 @needs_smollm2
 def test_chat() -> None:
-    out = run("chat.py", stdin="What is the capital of France?\n\n")
-    assert out.count("you: ") == 2 and len(out) > 30
+    for end in ("\n", ""):  # an empty line, Ctrl-D
+        out = run("chat.py", stdin="What is the capital of France?\n" + end)
+        assert out.count("you: ") == 2 and len(out) > 30
 
 
 @needs_smollm2
@@ -78,3 +80,11 @@ def test_every_example_is_tested_and_listed() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
     here, index = Path(__file__).read_text("utf-8"), (EXAMPLES / "README.md").read_text("utf-8")
     assert names and all(f'"{name}"' in here and f"({name})" in index for name in names)
+    for name in names:  # what does not come with octavo is named
+        row = next(line for line in index.splitlines() if f"({name})" in line)
+        text = (EXAMPLES / name).read_text("utf-8")
+        imported = set(re.findall(r"^ *(?:from|import) (\w+)", text, re.MULTILINE))
+        others = imported - sys.stdlib_module_names - {"octavo", "numpy"}
+        assert all(f"pip install {other}" in row for other in others)
+        usage = re.search(rf"python examples/{re.escape(name)} ([A-Z].*)", text)
+        assert usage is None or usage[1].split(" [")[0] in row

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,11 @@ from picture import THEMES, theme_css
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+if find_spec("matplotlib") is None:  # before anything is measured
+    sys.exit(
+        "error: the plot needs matplotlib, which is not installed: "
+        f"{sys.executable} -m pip install matplotlib"
+    )
 MODEL = "smollm2-135m"
 COLOURS = {name: light for name, (light, _) in THEMES.items()}
 
