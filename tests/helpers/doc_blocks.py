@@ -42,7 +42,7 @@ NOT_RUN = {
 }
 # Words of the documentation that stand for the reader's own: pattern -> what is there in the tests.
 WORDS = {
-    r"--json-schema FILE\b": "--json-schema city.json",
+    r"--json-schema FILE\b": "--json-schema schema.json",
     r"^\.venv(-demo)?/bin/(octavo|python)\b": r"\2",
     r"\bFILE\.gguf\b": "tiny.gguf",
     r"\bFILE\.json\b": "results.json",

@@ -65,7 +65,7 @@ def make_folder(folder: Path, home: Path) -> None:
         **{"prompts.txt": "\n".join(prompts), "prompts.jsonl": "\n".join(lines)},
         **{"letter.txt": text[:5000], "manual.txt": text, "some.txt": text[:5000]},
         "wiki.test.raw": text[:8000],
-        "city.json": json.dumps(schema),
+        "schema.json": json.dumps(schema),
     }
     for name, content in files.items():
         (folder / name).write_text(content + "\n", encoding="utf-8")
