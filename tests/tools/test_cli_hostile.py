@@ -72,6 +72,7 @@ WRONG = {  # command line: what the message names
     "eval {model} --stride 0": "stride is 0",
     "plan {model} --gpu z": "--gpu is 'z'",
     "explain --log {bad}": "expected an object in JSON",
+    "explain {bad}": "name the log with --log",
     "trace {bad}": "expected an object in JSON",
     "replay {bad} --speed 0": "--speed is 0.0",
 }

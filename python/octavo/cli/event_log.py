@@ -53,6 +53,11 @@ def explain(
     from octavo.trace.explain import one_line
     from octavo.trace.log_file import read_log
 
+    if log is None and request_id is not None and Path(request_id).is_file():
+        raise InvalidArgumentError(
+            f"REQUEST_ID is {request_id}, a file; expected one of a log's requests: name the log "
+            f"with --log {request_id}"
+        )
     recorded = read_log(log or _newest())
     if request_id is None:
         for known in recorded.request_ids:
