@@ -57,6 +57,18 @@ def test_no_arguments_show_the_help(capsys):
     assert "generate" in capsys.readouterr().out
 
 
+def test_ctrl_c_before_the_command_is_imported(monkeypatch, capsys):
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "octavo.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "octavo.cli.app")
+    assert main(["--help"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("octavo ")

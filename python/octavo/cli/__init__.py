@@ -11,6 +11,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: a difference, or requests that failed. 2: something the user can put right. 130:
     interrupted. arguments: without the program's name; None takes those of this process.
     """
-    from octavo.cli.app import run
+    try:
+        from octavo.cli.app import run  # takes a tenth of a second, and may be interrupted
 
-    return run(arguments)
+        return run(arguments)
+    except KeyboardInterrupt:
+        return 130
