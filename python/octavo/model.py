@@ -116,8 +116,9 @@ class LoadedModel:
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise TokenizerError(
-                "this model's directory has no tokenizer: give the prompt as token ids, or "
-                "put the tokenizer beside the weights"
+                "this model's directory has no tokenizer: give the prompt as token ids, or put "
+                "its tokenizer.json beside the weights, which transformers writes: "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
         return self.tokenizer
 

@@ -23,6 +23,8 @@ WRONG = {  # command line: what the message names
     "--offline generate hi -m nobody/nothing": "HF_HUB_OFFLINE is set",
     "pull nobody/nothing --offline": "offline mode is enabled",
     "info /dev/null": "neither a directory, a GGUF file, nor a pulled model",
+    "generate hi -m {textless}": "holds no tokenizer.json; expected the tokenizer in",
+    "chat -m {textless}": "holds no tokenizer.json; expected the tokenizer in",
     "generate hi -m {model} --json-schema {bad}": "the JSON schema is no JSON",
     "generate hi -m {model} --regex (": "the regex cannot be followed",
     "generate hi -m {model} --grammar {bad}": "the grammar is in GBNF's syntax, and wrong",
@@ -88,6 +90,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made["junk"].with_name("junk.gguf").write_bytes(bytes(range(256)))
     made["bad"].write_text("{")
     tiny_model(made["model"])
+    made["textless"] = tiny_model(folder / "textless")
+    (made["textless"] / "tokenizer.json").unlink()
     return made
 
 
@@ -95,7 +99,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_one_message_and_no_traceback(line, files, monkeypatch, capsys):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     words = [word.format(**files) for word in line.split()]
-    if {"generate", "serve", "bench", "eval"} & {words[0]} and words[1] != "serve":
+    if {"generate", "chat", "serve", "bench", "eval"} & {words[0]} and words[1] != "serve":
         words += ["--load-format", "dummy"]
     code = main(words)
     os.environ.pop("HF_HUB_OFFLINE", None)  # what --offline has set
@@ -124,3 +128,18 @@ def test_a_file_as_the_home(monkeypatch, files, capsys):
     assert main(["list"]) == 0
     assert main(["batch", str(files["bad"]), str(files["out"]), "--event-log", "auto"]) == 2
     assert "the event log cannot be written to" in capsys.readouterr().err
+
+
+def test_a_batch_without_a_tokenizer(files, tmp_path, capsys):
+    words = ["batch", str(files["bad"]), str(tmp_path / "out"), "-m", str(files["textless"])]
+    assert main([*words, "--load-format", "dummy"]) == 2
+    assert "holds no tokenizer.json; expected the tokenizer in" in capsys.readouterr().err
+
+
+def test_a_server_without_a_tokenizer_says_so(files, monkeypatch, caplog):
+    monkeypatch.setattr("octavo.server.serving.serve", lambda options, load: load())
+    for name, expected in (("textless", True), ("model", False)):
+        caplog.clear()
+        assert main(["serve", str(files[name]), "--load-format", "dummy"]) == 0
+        warned = [each.message for each in caplog.records if each.levelname == "WARNING"]
+        assert ("holds no tokenizer.json" in " ".join(warned)) == expected

@@ -204,10 +204,6 @@ def _answer_all(
 ) -> bool:
     """Answer every line that has no answer yet; returns whether Ctrl-C ended it."""
     waiting: dict[str, tuple[BatchRequest, Stamp]] = {}
-    if llm.tokenizer is None:
-        raise InvalidArgumentError(
-            "this model has no tokenizer.json, without which there is no text"
-        )
 
     def items() -> Iterator[tuple[str, EncodedPrompt, SamplingParams, str | None]]:
         for line in read_lines(input_file):

@@ -90,18 +90,26 @@ def load_llm(
     adapters: Mapping[str, str | Path] | None = None,
     *,
     quiet: bool = False,
+    needs_text: bool = True,
 ) -> LLM:
     """The model in memory, with a bar on a terminal; fetches smollm2-135m where it is missing.
 
     adapters: LoRA adapters, name -> folder. quiet: no bar, and no notes about the weights.
+    needs_text: a folder without a tokenizer is a TokenizerError, before the weights are read.
     """
+    from octavo.config import read_environment
     from octavo.llm import LLM
-    from octavo.weights.hub import DEFAULT_MODEL
+    from octavo.text.tokenizer import Tokenizer, holds_tokenizer
+    from octavo.weights.hub import DEFAULT_MODEL, resolve_model
+    from octavo.weights.model_files import read_model
 
+    path = resolve_model(model, read_environment())
+    if needs_text and path.is_dir() and not holds_tokenizer(folder := read_model(path).folder):
+        Tokenizer(folder)  # its error has the commands that make one
     stage = f"loading {Path(model or DEFAULT_MODEL).name}"
     with progress_bar("bytes", quiet=quiet) as bar:
         on_load = partial(bar.update, stage)
-        llm = LLM(model, config=config, on_load=on_load, adapters=adapters)
+        llm = LLM(path, config=config, on_load=on_load, adapters=adapters)
     for line in () if quiet else llm.notes:
         note(line)
     return llm

@@ -195,4 +195,10 @@ def _load(path: Path, config: EngineConfig, adapters: dict[str, Path]) -> LLM:
     llm = LLM(path, config=config, on_load=on_load, adapters=adapters)
     for line in llm.notes:
         write(line)
+    if llm.tokenizer is None:
+        warning = (
+            f"{path} holds no tokenizer.json: only prompts of token ids are taken, and answers "
+            f"have no text; `octavo generate hi -m {path}` says how to make one"
+        )
+        log_event(logging.getLogger("octavo.server"), logging.WARNING, warning)
     return llm
