@@ -283,6 +283,25 @@ def test_options_of_loading_reach_the_engine(name, model, tmp_path, monkeypatch)
         assert taken.pop() == EngineConfig(**{**unlike, field: value})
 
 
+@pytest.mark.parametrize(
+    "words", ["serve", "chat", "info", "plan", "diff", "bench", "bench spec", "eval"]
+)
+def test_a_model_is_named_with_m_and_without(words, capsys):
+    given = ["--gpu", "h100"] if words == "plan" else []
+    for way in (["nope"], ["-m", "nope"], ["--model", "nope"]):
+        assert main([*words.split(), *given, *way]) == 2
+        assert "'nope' is neither a directory" in capsys.readouterr().err
+    assert main([*words.split(), "one", "-m", "two"]) == 2
+    assert "the model is named twice, " in capsys.readouterr().err
+
+
+def test_a_model_in_the_place_of_a_prompt(capsys):
+    assert main(["generate", "smollm2-135m", "hi"]) == 2
+    assert "name the model with -m MODEL" in capsys.readouterr().err
+    assert main(["info", "one", "two"]) == 2
+    assert "name the model with" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["generate", "chat"])
 def test_options_of_sampling_reach_the_sampler(name, model, monkeypatch):
     defaults = {"temperature": 0.0} if name == "generate" else {"temperature": 0.6, "top_p": 0.9}

@@ -144,6 +144,8 @@ def test_shells_complete_verbs_options_models_and_adapters(shell, home, capsys):
         "octavo generate hi -m ad": "ada/tiny",
         "octavo info smol": "smollm2-135m",
         "octavo generate hi --device cu": "cuda",
+        "octavo chat ad": "ada/tiny",
+        "octavo info -m smol": "smollm2-135m",
         "octavo chat --adapter pi": "pirate",
         "octavo serve --adapter x=pi": "x=pirate",
         "octavo bench se": "serve",

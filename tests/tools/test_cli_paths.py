@@ -74,6 +74,7 @@ OWN_DEFAULTS = {
     "chat": {"seed": None},
     "serve": {"max_waiting_requests": 512},
     "diff": {"dtype": "f32", "device": "cpu"},
+    "bench serve": {"seed": None},  # of its prompts: new ones each time
     "replay": dict.fromkeys(  # as the log says
         (
             "max_num_seqs",

@@ -214,5 +214,10 @@ def _usage_message(error: Exception) -> str | None:
     if format_message is None:
         return None
     message = str(format_message()).strip().replace("\n", " ")
-    path = getattr(getattr(error, "ctx", None), "command_path", None)
+    context: Any = getattr(error, "ctx", None)
+    path = getattr(context, "command_path", None)
+    if message.startswith("Got unexpected extra argument") and any(
+        "-m" in param.opts and not param.hidden for param in context.command.params
+    ):
+        message += "; name the model with -m MODEL, and put a text with spaces in quotes"
     return f"{message} (see `{path} --help`)" if path else message

@@ -10,11 +10,14 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.models import ArgumentInfo
+
+from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,7 +104,10 @@ def _flag(name: str, callback: Callable[..., None], help: str, **details: Any) -
 
 
 def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of a verb with the options that all of them have: --offline and --help-all."""
+    """The function of a verb with the options that all of them have: --offline and --help-all.
+
+    A model that it takes as an argument may also be named with -m, and the other way round.
+    """
     panel = "Network"
     offline = "Ask nothing of the Hugging Face Hub (HF_HUB_OFFLINE=1)."
     everything = "Show every option, with its whole explanation."
@@ -110,10 +116,18 @@ def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "help_all": _flag("--help-all", _show_all, everything),
     }
     signature = inspect.signature(function, eval_str=True)
+    other_way = _other_way(signature.parameters)
 
     @functools.wraps(function)
-    def command(*arguments: Any, **given: Any) -> Any:
+    def command(*arguments: Any, model_too: str | None = None, **given: Any) -> Any:
         kept = {name: value for name, value in given.items() if name not in added}
+        if model_too is not None:
+            if kept["model"] is not None:
+                raise InvalidArgumentError(
+                    f"the model is named twice, {kept['model']} and {model_too}; expected one of "
+                    "them, as -m MODEL or without -m"
+                )
+            kept["model"] = model_too
         return function(*arguments, **kept)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -124,10 +138,33 @@ def with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
             for name, kind in added.items()
         ),
     ]
+    if other_way is not None:
+        parameters.append(
+            inspect.Parameter("model_too", keyword, annotation=other_way, default=None)
+        )
     # These two are what typer reads.
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
+
+
+def _other_way(parameters: Mapping[str, inspect.Parameter]) -> Any:
+    """The annotation of another way to name a command's model, which no help shows.
+
+    It is -m where the model is an argument, and an argument where it is -m and there is no other
+    argument. None where a model must be named, or there is none.
+    """
+    model = parameters.get("model")
+    if model is None or model.default is not None:
+        return None
+    infos = [info for each in parameters.values() for info in get_args(each.annotation)[1:]]
+    info = get_args(model.annotation)[1]
+    details = {"hidden": True, "metavar": "MODEL", "autocompletion": info.autocompletion}
+    if isinstance(info, ArgumentInfo):
+        return Annotated[str | None, typer.Option("--model", "-m", **details)]
+    if "-m" in info.param_decls and not any(isinstance(each, ArgumentInfo) for each in infos):
+        return Annotated[str | None, typer.Argument(**details)]
+    return None
 
 
 def _go_offline(asked: bool) -> None:
