@@ -270,6 +270,31 @@ def test_an_interrupted_pull_goes_on(hub: Hub, tmp_path: Path) -> None:
     assert last in files and ".cache" not in files
 
 
+def test_an_interrupted_pull_is_listed_and_can_be_removed(hub: Hub, tmp_path: Path) -> None:
+    hub.files["org/big"] = repository_files(tmp_path / "source", num_shards=3)
+    hub.fail_once = {"model-00003-of-00003.safetensors"}
+    assert octavo(hub, tmp_path, "pull", "org/big")[0] == 2
+    code, said = octavo(hub, tmp_path, "list")
+    assert code == 0 and "org/big (incomplete)" in said
+    found = json.loads(octavo(hub, tmp_path, "list", "--json")[1])
+    assert found["models"] == {} and found["incomplete"]["org/big"] > 10_000
+    code, said = octavo(hub, tmp_path, "remove", "org/other")
+    assert code == 2 and "pulled are: org/big" in said
+    code, said = octavo(hub, tmp_path, "remove", "org/big")
+    assert code == 0 and "org/big is deleted" in said
+    assert not list((tmp_path / "models").iterdir())
+
+
+@pytest.mark.parametrize("verb", [["pull"], ["generate", "hi", "-m"]], ids=["pull", "generate"])
+def test_a_pull_of_nothing_leaves_nothing(hub: Hub, tmp_path: Path, verb: list[str]) -> None:
+    hub.files["org/secret"] = repository_files(tmp_path / "source")
+    hub.fail_once = {"config.json"}
+    for name in ("models/llama", "org/secret"):
+        code, said = octavo(hub, tmp_path, *verb, name)
+        assert code == 2 and ("there is no folder " + name in said) == (verb != ["pull"])
+        assert not list((tmp_path / "models").iterdir())
+
+
 def test_an_interrupted_pull_of_another_revision_leaves_no_files(hub: Hub, tmp_path: Path) -> None:
     hub.files["org/big"] = repository_files(tmp_path / "one", num_shards=1)
     hub.fail_once = {"tokenizer.json", "tokenizer_config.json"}

@@ -17,21 +17,28 @@ def list(
     """Show the models in the cache, and the disk they take.
 
     The cache is the folder OCTAVO_HOME, else ~/.cache/octavo.
+
+    Of an incomplete model a pull was interrupted: `octavo pull` goes on, `octavo remove` deletes
+    it.
     """
     from octavo.config import read_environment
     from octavo.machine import format_bytes
     from octavo.progress import folder_size
-    from octavo.weights.hub import model_directory, pulled_models
+    from octavo.weights.hub import incomplete_models, model_directory, pulled_models
 
     environment = read_environment()
     folders = {name: model_directory(name, environment) for name in pulled_models(environment)}
     sizes = {name: folder_size(folder) for name, folder in folders.items() if folder is not None}
+    parts = {name: folder_size(each) for name, each in incomplete_models(environment).items()}
     if as_json:
-        typer.echo(json.dumps({"folder": str(environment.models), "models": sizes}))
+        found = {"folder": str(environment.models), "models": sizes, "incomplete": parts}
+        typer.echo(json.dumps(found))
         return
     for name, size in sizes.items():
         typer.echo(f"{format_bytes(size):>10}  {name}")
-    if not sizes:
+    for name, size in parts.items():
+        typer.echo(f"{format_bytes(size):>10}  {name} (incomplete)")
+    if not sizes and not parts:
         typer.echo(f"no models in {environment.models}: `octavo pull` fetches one")
 
 

