@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapter_helpers import ALL, adapter_config, random_adapter, write_adapter
+from text_helpers import byte_level_directory
 from weights_helpers import tiny_config, write_model
 
 from octavo.cli import main
@@ -27,6 +28,7 @@ KINDS = {"all": (*ALL, "embed_tokens", "lm_head"), "some": ("v_proj", "down_proj
 def folder(tmp_path: Path) -> Path:
     config = tiny_config(tie_word_embeddings=True)
     write_model(tmp_path / "model", config)
+    byte_level_directory(tmp_path / "model")
     for seed, (name, targets) in enumerate(KINDS.items()):
         tensors = random_adapter(config, targets, seed=seed)
         write_adapter(tmp_path / name, tensors, adapter_config(target_modules=list(targets)))

@@ -116,6 +116,24 @@ def test_impossible_requests_are_refused_with_the_smallest_change() -> None:
     assert "quantize" not in str(plan.remedies), "weights in 4 bits would not be enough"
 
 
+@pytest.mark.parametrize("gigabytes", [2.0, 2.8, 3.2])
+def test_where_no_option_is_enough_two_are(gigabytes: float) -> None:
+    """Weights or cache in fewer bits, and then fewer sequences or shorter ones."""
+    device = replace(GPUS["a100-40"], memory=int(gigabytes * 2**30))
+
+    def plan(concurrency: int, **config: Any) -> Plan:
+        request = Request(4096, concurrency)
+        return make_plan(llama(), EngineConfig(**config), request, device, ENVIRONMENT)
+
+    remedies = plan(1024).remedies
+    assert remedies and all("tensor_parallel" not in changes for changes in remedies)
+    for changes in map(dict, remedies):
+        assert len(changes) > 1
+        most = changes.pop("concurrency", None)
+        if most is not None:
+            assert plan(most, **changes).fits and not plan(most + 1, **changes).fits
+
+
 def test_a_gpu_needs_memory_beside_weights_and_cache() -> None:
     """Workspace, recorded steps and the driver: lines of their own, which a CPU has not."""
     one = planned("h100", Request(4096, 1)).memory

@@ -129,16 +129,17 @@ class _Asked:
             ranks=request.ranks,
         )
 
-    def fits_with(self, **changes: Any) -> bool:
-        """Whether it fits with other values: options of the command, without their dashes."""
+    def changed(self, **changes: Any) -> _Asked:
+        """The same with other values: options of the command, without their dashes."""
         of_request = {
             _OF_REQUEST[name]: changes.pop(name) for name in _OF_REQUEST if name in changes
         }
-        asked = replace(
-            self,
-            config=replace(self.config, **changes),
-            request=replace(self.request, **of_request),
-        )
+        config, request = replace(self.config, **changes), replace(self.request, **of_request)
+        return replace(self, config=config, request=request)
+
+    def fits_with(self, **changes: Any) -> bool:
+        """Whether it fits with other values, as `changed` takes them."""
+        asked = self.changed(**changes)
         return asked.can_split() and asked.memory().total <= self.usable
 
     def can_split(self) -> bool:
@@ -210,15 +211,22 @@ def _remedies(asked: _Asked) -> tuple[dict[str, Any], ...]:
     """Changes of as few options as possible after which the request fits."""
     candidates = list(_candidates(asked.config))
     found = [changes for changes in candidates if asked.fits_with(**changes)]
-    for name in ("concurrency", "context"):
-        most = asked.most(name, getattr(asked.request, name))
-        if most:
-            found.append({name: most})
+    found += _fewer(asked, {})
+    if not found:
+        found = [remedy for changes in candidates for remedy in _fewer(asked, changes)]
     if not found and asked.device.is_gpu:  # octavo does not run on several GPUs: the last way out
         ways = [{**changes, **ranks} for changes in ({}, *candidates) for ranks in _RANKS]
         found = [changes for changes in ways if asked.fits_with(**changes)]
     found.sort(key=len)
     return tuple(found[:_MOST_REMEDIES])
+
+
+def _fewer(asked: _Asked, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The changes with as many sequences, or as long ones, as then fit."""
+    for name in ("concurrency", "context"):
+        most = asked.changed(**changes).most(name, getattr(asked.request, name))
+        if most:
+            yield {**changes, name: most}
 
 
 def _candidates(config: EngineConfig) -> Iterator[dict[str, Any]]:
