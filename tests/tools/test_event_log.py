@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_helpers import ManualClock, fake_engine, run_to_end
+from engine_helpers import FakeDrafter, ManualClock, fake_engine, fake_future, run_to_end
 from text_helpers import tiny_model
 
 from octavo.cli import main
@@ -17,6 +17,8 @@ from octavo.engine.engine import Engine
 from octavo.engine.events import FIELDS, EventLog, EventLogFile, as_dict
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
+from octavo.search.beam import BeamSearch
+from octavo.search.params import BeamSearchParams
 from octavo.trace.explain import explain, one_line, spans_of
 from octavo.trace.log_file import LogFile, log_of, parse_log, read_log
 from octavo.trace.perfetto import perfetto_trace
@@ -167,6 +169,32 @@ def test_an_answer_waits_for_the_prompt_of_its_sibling() -> None:
     second = lines[lines.index("Answer 2 of 2:") :]
     assert "because what it begins with was just being computed" in second[1]
     assert "Of 14 tokens the cache held 13" in second[2]
+
+
+def test_steps_with_drafts_are_not_called_tokens() -> None:
+    drafter = FakeDrafter(fake_future, 4)
+    engine = fake_engine(60, clock=StepClock(), drafter=drafter, max_num_seqs=8)
+    ask(engine, "fast", 5, 40)
+    run_to_end(engine)
+    log = log_of(engine.events)
+    num_steps = len(log.steps) - 1  # the first one computes the prompt
+    (line,) = (each for each in explain(log, "fast") if each.startswith("It decoded"))
+    assert num_steps < 39 and line.startswith(f"It decoded for {num_steps} steps, ")
+    assert f"; {len(log.drafted_steps)} of them checked drafts" in line
+
+
+def test_beams_are_told_together() -> None:
+    engine = fake_engine(60, clock=StepClock(), max_num_seqs=8)
+    params = BeamSearchParams(beam_width=3, max_tokens=6)
+    search = BeamSearch(params, (), params.max_tokens)
+    engine.add_request("beams", [4, 9, 2], params.sampling_params(), search=search)
+    run_to_end(engine)
+    lines = list(explain(log_of(engine.events), "beams"))
+    first, second = lines.index("Answer 1 of 3:"), lines.index("Answer 2 of 3:")
+    assert any(line.startswith("It decoded 5 tokens") for line in lines[first:second])
+    assert not any("waited" in line or "decoded" in line for line in lines[second:])
+    ends = [line for line in lines if line.startswith("It ended")]
+    assert len(ends) == 3 and not any("waiting 100 %" in line for line in ends)
 
 
 def test_an_unknown_request_is_named(log: LogFile) -> None:

@@ -163,6 +163,8 @@ def replay(
             "max_waiting_requests": max_waiting_requests,
         },
     )
+    if recorded.drafted_steps:
+        note("the log's engine checked drafts; the replay has none, so answers take more steps")
     header = recorded.header
     windows = tuple(header.get("kv_windows", (0,)))
     simulation = Simulation(options, num_blocks, costs, header["block_size"], windows)

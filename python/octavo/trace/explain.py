@@ -72,10 +72,11 @@ def explain(log: LogFile, request_id: str) -> Iterator[str]:
     yield _arrival(request_id, arrival)
     count = num_answers(arrival)
     for sample in range(count):
-        spans = spans_of(log, request_id, sample)
+        is_later_beam = sample > 0 and arrival["num_beams"]  # beams run together from the first on
+        spans = spans_of(log, request_id, 0 if is_later_beam else sample)
         if count > 1:
             yield f"Answer {sample + 1} of {count}:"
-        for span in spans:
+        for span in () if is_later_beam else spans:
             yield from _sentences(log, request_id, sample, span)
         yield from _ending(log, request_id, sample, arrival, spans)
 
@@ -185,9 +186,12 @@ def _decoding(log: LogFile, span: Span) -> Iterator[str]:
         return
     mean = span.seconds / len(steps)
     num_answers = round(sum(step.num_decodes for step in steps) / len(steps))
+    num_drafted = len(log.drafted_steps.intersection(step.number for step in steps))
+    decoded = f"{_count(len(steps), 'token')} in" if not num_drafted else f"for {len(steps)} steps,"
+    drafts = f"; {num_drafted} of them checked drafts, which may be several tokens a step"
     yield (
-        f"It decoded {_count(len(steps), 'token')} in {_seconds(span.seconds)}, "
-        f"{_seconds(mean)} each, with {_count(num_answers, 'answer')} in a step."
+        f"It decoded {decoded} {_seconds(span.seconds)}, {_seconds(mean)} each, with "
+        f"{_count(num_answers, 'answer')} in a step{drafts if num_drafted else ''}."
     )
     slowest = max(steps, key=lambda step: step.seconds)
     if len(steps) > 3 and slowest.seconds > 2 * mean:

@@ -88,6 +88,11 @@ class LogFile:
         high = bisect_right(self.steps, end + 1e-6, key=lambda step: step.end)
         return self.steps[low:high]
 
+    @property
+    def drafted_steps(self) -> frozenset[int]:
+        """The numbers of the steps that checked drafts."""
+        return frozenset(each["step"] for each in self.records if each["event"] == "drafts")
+
 
 def num_answers(arrived: Record) -> int:
     """How many answers a request has: the beams of a search, or n."""
