@@ -85,7 +85,7 @@ def test_quantized_weights_are_held_against_f32(model: Path, text: Path) -> None
     """The fewer bits, the further; and the same text is as hard for f32 as ever."""
     plain = run(model, text, {"dtype": "f32"}).model.perplexity
     divergences = []
-    for quantize in (None, "int8", "int4"):
+    for quantize in (None, "int8", "int4", "w8a8"):
         result = run(model, text, {"dtype": "bf16", "quantize": quantize})
         assert result.against is not None and result.divergence is not None
         assert result.against.weights == "f32" and result.against.perplexity == plain

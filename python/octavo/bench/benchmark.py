@@ -22,7 +22,7 @@ from octavo.machine import processor, resident_memory
 from octavo.models.adapter import Adapter
 from octavo.models.spec import ModelSpec
 from octavo.progress import StageProgress
-from octavo.quantization.plan import expert_bytes
+from octavo.quantization.plan import describe_dtypes, expert_bytes
 from octavo.runtime.loader import LoadedRuntime, load_runtime
 from octavo.runtime.session import Float32, Session
 from octavo.weights.adapter import read_adapter
@@ -175,7 +175,7 @@ def bench(
         model=files.path.name,
         num_parameters=checkpoint.num_parameters,
         weight_bytes=runner.weight_bytes,
-        weights=describe_weights(options),
+        weights=describe_dtypes(options.formats, options.dtype),
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         load_format=config.load_format,
@@ -205,15 +205,6 @@ def fit_config(config: EngineConfig, cases: Sequence[Case]) -> EngineConfig:
         max_num_batched_tokens=max(config.max_num_batched_tokens, *batches),
         num_kv_blocks=max(held, *blocks),
     )
-
-
-def describe_weights(options: RuntimeOptions) -> str:
-    """What the matrices are kept in: "int4 and int8"; "w8a8" where activations have 8 bits."""
-    names = {
-        "w8a8" if format.activation_bits == 8 else format.dtype
-        for format in options.formats.values()
-    }
-    return " and ".join(sorted(names)) or options.dtype
 
 
 def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: StageProgress) -> Peak | None:

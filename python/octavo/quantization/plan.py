@@ -209,5 +209,9 @@ def stored_bits(format: WeightFormat, shape: tuple[int, int]) -> int:
 
 
 def describe_dtypes(formats: Mapping[str, WeightFormat], dtype: str) -> str:
-    """The formats of the matrices: "int4 and int8" if quantized, else `dtype`."""
-    return " and ".join(sorted({format.dtype for format in formats.values()})) or dtype
+    """The formats of the matrices: "int4 and int8" if quantized, else `dtype`.
+
+    "w8a8" is int8 where the activations have 8 bits too.
+    """
+    names = {"w8a8" if each.activation_bits == 8 else each.dtype for each in formats.values()}
+    return " and ".join(sorted(names)) or dtype
