@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from fake_runtime import EOS, NAN_TOKEN, VOCAB, FakeRuntime, top_tokens
 from invariance_helpers import SPEC, make_engine, prompt_of, weights
 
 from octavo.engine.engine import Engine
-from octavo.engine.outputs import RequestOutput
+from octavo.engine.outputs import CompletionOutput, RequestOutput
 from octavo.errors import InvalidArgumentError
 from octavo.reference.llama import ReferenceModel
 from octavo.reference.sampling import log_softmax
@@ -257,3 +259,48 @@ def test_with_real_arithmetic() -> None:
         assert tokens_of(output) == [tokens for tokens, _ in found]
         for answer, (tokens, score) in zip(output.outputs, found, strict=True):
             assert answer.cumulative_logprob == pytest.approx(score * len(tokens) ** 0.8, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", [1646, *range(12)])
+def test_beams_that_are_preempted_report_for_the_tokens_that_they_have(seed: int) -> None:
+    """Urgent requests take the beams' places; what a beam was computed for may be old then."""
+    rng = random.Random(seed)
+    prompt = [rng.randrange(90) for _ in range(rng.randint(1, 14))]
+    width, max_tokens = rng.choice([2, 3, 4]), rng.randint(6, 20)
+    params = BeamSearchParams(beam_width=width, max_tokens=max_tokens)
+    others = []
+    for index in range(14):
+        tokens = [rng.randrange(90) for _ in range(rng.randint(1, 20))]
+        sampling = SamplingParams(temperature=1, seed=index, max_tokens=rng.randint(1, 8))
+        others.append((f"o{index}", tokens, sampling))
+
+    def add(engine: Engine) -> None:
+        search = BeamSearch(params, {EOS}, max_tokens)
+        engine.add_request("b", prompt, params.sampling_params(), search=search, priority=1)
+
+    alone = fake_engine(200, max_num_batched_tokens=64, max_num_seqs=8)
+    add(alone)
+    expected = run_to_end(alone)["b"].outputs
+    crowded = fake_engine(
+        rng.randint(8, 24),
+        max_num_batched_tokens=rng.choice([3, 5, 11]),
+        max_num_seqs=rng.choice([3, 4, 5]),
+        overlap_steps=rng.random() < 0.5,
+        enable_prefix_caching=rng.random() < 0.7,
+    )
+    with suppress(InvalidArgumentError):  # the beams would not fit
+        add(crowded)
+        found = None
+        while crowded.has_unfinished_requests:
+            if others and rng.random() < 0.3:
+                crowded.add_request(*others.pop(), priority=rng.choice([-1, 0, 0, 1, 2]))
+            for chunk in crowded.step():
+                found = chunk.result if chunk.request_id == "b" and chunk.result else found
+            crowded.check_integrity()
+        assert found is not None and [answer_of(each) for each in found.outputs] == [
+            answer_of(each) for each in expected
+        ]
+
+
+def answer_of(output: CompletionOutput) -> tuple[tuple[int, ...], float]:
+    return tuple(output.token_ids), output.cumulative_logprob

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_helpers import (
     ManualClock,
@@ -14,7 +15,7 @@ from engine_helpers import (
     run_to_end,
     solo_answer,
 )
-from fake_runtime import NAN_TOKEN, FakeRuntime
+from fake_runtime import NAN_TOKEN, FakeBatch, FakeRuntime
 from invariance_helpers import (
     MODES,
     SYSTEM,
@@ -28,7 +29,10 @@ from invariance_helpers import (
     subjects,
 )
 
+from octavo.engine.block_manager import BlockCopy, BlockManager
 from octavo.engine.engine import Engine
+from octavo.engine.pipeline import Pipeline
+from octavo.engine.schedule import Schedule
 from octavo.sampling_params import SamplingParams
 from octavo.text.tokenizer import Tokenizer
 
@@ -213,3 +217,26 @@ def test_penalties_wait_for_the_tokens_they_count() -> None:
     plain = facts(run(make_engine(), {"subject1": (requests["subject1"][0], MODES["greedy"])}))
     assert expected["subject1"] != plain["subject1"]
     assert facts(run(make_engine(overlap_steps=True), requests)) == expected
+
+
+def test_blocks_are_copied_in_the_order_of_the_list_across_groups() -> None:
+    """Groups share the blocks: one may be copied to for a beam, and after it for another group."""
+    copies = [(2, 5, 7), (2, 5, 8), (0, 9, 7), (0, 7, 3), (1, 3, 9), (0, 1, 2)]
+
+    done: list[tuple[int, int, int]] = []
+
+    class Copying:
+        def copy_blocks(self, kv_group: int, pairs: Any) -> None:
+            assert pairs.dtype == np.int32
+            done.extend([(kv_group, *pair) for pair in pairs.tolist()])
+
+        def submit(self, batch: Any, sample: bool) -> int:
+            raise RuntimeError("no step")
+
+    runtime: Any = Copying()
+    blocks = BlockManager(20, 4, (0, 6, 1), 0)
+    pipeline = Pipeline(runtime, blocks, FakeBatch, vocab_size=97, depth=1)
+    schedule = Schedule((), copies=tuple(BlockCopy(*copy) for copy in copies))
+    with pytest.raises(ValueError, match="the schedule is empty"):  # after the copies
+        pipeline.submit(schedule, 0.0, sample=True)
+    assert done == copies

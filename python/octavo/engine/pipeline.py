@@ -12,6 +12,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,10 +112,9 @@ class Pipeline:
         """
         step = InFlightStep(schedule, now, is_sampled=sample)
         self._in_flight.append(step)
-        if schedule.copies:
-            copies = np.array(schedule.copies, np.int32)
-            for group in np.unique(copies[:, 0]).tolist():
-                self._runtime.copy_blocks(group, copies[copies[:, 0] == group, 1:])
+        # In their order, across groups too: a block may be copied to for one, and then for another.
+        for group, copies in groupby(schedule.copies, lambda copy: copy.group):
+            self._runtime.copy_blocks(group, np.array([pair for _, *pair in copies], np.int32))
         arrays = build_batch(schedule, self._blocks, self._vocab_size)
         if any([scored.num_rows for scored in schedule.scored]):
             arrays, step.places = add_prompt_rows(arrays, schedule)

@@ -120,8 +120,11 @@ class BeamGroup:
     ) -> bool:
         """Note what a beam reports; when all have, fork. False: the search has ended.
 
-        now: for the event log, in seconds.
+        A report of a beam that has got other tokens since, or lost what it computed, does not
+        count: it will report again. now: for the event log, in seconds.
         """
+        if not beam.is_paused:
+            return True
         count = self.search.num_candidates
         found = Candidates(tokens[:count].tolist(), logprobs[:count].tolist())
         self._rows[beam.sample_index] = found
