@@ -39,7 +39,8 @@ class _Chain:
     far. path: the ranks of all that are wanted. guesses[i]: the tokens of place i, best first,
     where other chains need them. parent, shared: of a chain that leaves another one, which one, and
     after how many drafts; it begins when the other one has come there. num_named: how many of its
-    blocks others can find.
+    blocks others can find. rope_set: which of the rope's frequencies its keys have; the second for
+    more tokens than the draft model's rope_switch.
     """
 
     sequence: Sequence
@@ -54,6 +55,7 @@ class _Chain:
     parent: _Chain | None = None
     shared: int = 0
     num_named: int = 0
+    rope_set: int = 0
 
 
 class DraftModelSource(DraftSource):
@@ -89,8 +91,11 @@ class DraftModelSource(DraftSource):
     def begin_step(self, running: Iterable[Sequence]) -> None:
         """Free the blocks of sequences that have ended or were preempted."""
         for sequence in self._chains.keys() - set(running):
-            del self._chains[sequence]
-            self.blocks.free(sequence)
+            self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._chains[sequence]
+        self.blocks.free(sequence)
 
     def draft(self, wanted: SequenceOf[tuple[Sequence, Any, int]]) -> SequenceOf[SequenceOf[int]]:
         """Chains of all sequences, a batch for each place in them; none without memory for it."""
@@ -106,16 +111,18 @@ class DraftModelSource(DraftSource):
             first = self._prepare(sequence, paths[0])
             trees.append([] if first is None else _plant(first, paths))
         active = [tree[0] for tree in trees if tree]
-        while unfinished := [chain for chain in active if chain.todo]:
-            for chain in self._compute(unfinished):
-                active += self._begin_children(chain)
-        found = []
-        for (_, _, paths), tree in zip(wanted, trees, strict=True):
-            found.append([chain.drafted for chain in tree] or [[] for _ in paths])
-            for chain in tree[1:]:
-                if chain.key in self.blocks.holders():
-                    self.blocks.free(chain.key)
-        return found
+        try:
+            while unfinished := [chain for chain in active if chain.todo]:
+                for chain in self._compute(unfinished):
+                    active += self._begin_children(chain)
+        finally:
+            leaving = {chain.key for tree in trees for chain in tree[1:]}
+            for key in leaving.intersection(self.blocks.holders()):
+                self.blocks.free(key)
+        return [
+            [chain.drafted for chain in tree] or [[] for _ in paths]
+            for (_, _, paths), tree in zip(wanted, trees, strict=True)
+        ]
 
     def _prepare(self, sequence: Sequence, path: Ranks) -> _Chain | None:
         """Bring the sequence's cache in line with its tokens, and reserve blocks for the chain."""
@@ -124,8 +131,12 @@ class DraftModelSource(DraftSource):
         if num_tokens > self.loaded.options.max_model_len:
             return None
         chain = self._chains.get(sequence)
+        rope_set = int(0 < self.loaded.options.rope_switch < num_tokens)
+        if chain is not None and chain.rope_set < rope_set:  # all of its keys change
+            self._forget(sequence)
+            chain = None
         if chain is None:
-            chain = self._start(sequence, num_tokens)
+            chain = self._start(sequence, num_tokens, rope_set)
             if chain is None:
                 return None
         elif not self.blocks.reserve(sequence, num_tokens):
@@ -138,19 +149,20 @@ class DraftModelSource(DraftSource):
         chain.drafted, chain.path = [], path
         return chain
 
-    def _start(self, sequence: Sequence, num_tokens: int) -> _Chain | None:
+    def _start(self, sequence: Sequence, num_tokens: int, rope_set: int) -> _Chain | None:
         """A sequence that holds no blocks here gets some, with what others have computed.
 
         Blocks have the names of the target's (prefix_cache.py); where those are not made, none is
-        found.
+        found. Keys with the rope's second frequencies are not shared: names do not tell them.
         """
-        prefix = self.blocks.find_prefix(sequence.block_hashes, sequence.num_tokens - 1)
+        names = () if rope_set else sequence.block_hashes
+        prefix = self.blocks.find_prefix(names, sequence.num_tokens - 1)
         prefix = prefix if prefix.num_tokens else NO_PREFIX
         if self.blocks.num_blocks_needed(num_tokens, prefix) > self.blocks.num_free_blocks:
             return None
         self._copy(self.blocks.start(sequence, num_tokens, prefix))
         self.num_cached_tokens += prefix.num_tokens
-        chain = _Chain(sequence, sequence, prefix.num_tokens)
+        chain = _Chain(sequence, sequence, prefix.num_tokens, rope_set=rope_set)
         chain.num_named = prefix.num_tokens // self.blocks.block_size
         self._chains[sequence] = chain
         return chain
@@ -199,6 +211,7 @@ class DraftModelSource(DraftSource):
         rows = pack_sampling(sequences, [-1] * len(drawn), self._vocab_size)
         rows["num_logprobs"] = [_num_guesses(parts[i][0]) for i in drawn]
         lengths = [chain.num_tokens + len(chain.drafts) + len(tokens) for chain, tokens in parts]
+        sets = [chain.rope_set for chain, _ in parts]
         batch = self._make_batch(
             token_ids=np.concatenate([np.array(tokens, np.int32) for _, tokens in parts]),
             row_starts=starts,
@@ -207,6 +220,7 @@ class DraftModelSource(DraftSource):
             logit_rows=np.array([starts[i + 1] - 1 for i in drawn], np.int32),
             sampling=rows,
             adapter_ids=None,
+            rope_sets=np.array(sets, np.int32) if any(sets) else None,
         )
         output = self.loaded.runtime.wait(self.loaded.runtime.submit(batch, sample=True))
         self.num_batches += 1
@@ -232,7 +246,7 @@ class DraftModelSource(DraftSource):
         chain.num_tokens += num_own
         chain.drafts += tokens[num_own:]
         names = chain.sequence.block_hashes[: chain.num_tokens // self.blocks.block_size]
-        if chain.parent is None:
+        if chain.parent is None and not chain.rope_set:
             for index in range(chain.num_named, len(names)):
                 self.blocks.publish(chain.key, index, names[index])
             chain.num_named = max(chain.num_named, len(names))
@@ -246,6 +260,7 @@ def _plant(first: _Chain, paths: SequenceOf[Ranks]) -> list[_Chain]:
         parent = next(other for other in chains if num_shared(other.path, path) == shared)
         key = (first.sequence.key, index)
         chain = _Chain(first.sequence, key, path=path, parent=parent, shared=shared)
+        chain.rope_set = first.rope_set
         parent.children.append(chain)
         chains.append(chain)
     return chains
