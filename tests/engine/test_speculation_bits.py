@@ -13,58 +13,31 @@ from typing import Any
 import pytest
 from invariance_helpers import (
     MODES,
-    SPEC,
     VOCAB,
     WINDOWED,
     alone,
     facts,
+    first_layers,
     make_engine,
     others,
     prompt_of,
     run,
     subjects,
-    weights,
 )
 
-from octavo import _native
-from octavo.config import RuntimeOptions
 from octavo.draft_tree import read_tree
 from octavo.engine.engine import Engine
-from octavo.models.spec import ModelSpec
-from octavo.runtime.loader import LoadedRuntime
 from octavo.sampling_params import SamplingParams
-from octavo.speculation.draft_model import DraftModelSource
 from octavo.speculation.ngram import NgramSource
 from octavo.speculation.speculator import Speculator
 
 NUM_PROMPTS = 1000 if os.environ.get("OCTAVO_TEST_EXPLORE") else 60
 
 
-def draft_model(num_layers: int | None, spec: ModelSpec = SPEC) -> DraftModelSource:
-    """The model itself, or its first layers."""
-    layers = spec.layers[:num_layers]
-    small = replace(spec, layers=layers)
-    options = RuntimeOptions(
-        dtype="f32",
-        kv_dtype="f32",
-        block_size=16,
-        max_model_len=512,
-        max_num_seqs=7,
-        max_num_batched_tokens=64,
-        num_threads=1,
-    )
-    runtime = _native.Runtime("cpu", small, options)
-    for name, array in weights(spec).items():
-        if not name.startswith("layers.") or int(name.split(".")[1]) < len(layers):
-            runtime.load(name, array, "f32")
-    runtime.alloc_kv(300)
-    return DraftModelSource(LoadedRuntime(runtime, options, 300, "cpu"), small.kv_windows, VOCAB)
-
-
 SOURCES = {
     "ngram": lambda: NgramSource(1, 3),
-    "itself": lambda: draft_model(None),
-    "layers": lambda: draft_model(4),
+    "itself": lambda: first_layers(None),
+    "layers": lambda: first_layers(4),
 }
 TREE = read_tree([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0]], 5)
 ROOM: dict[str, Any] = {"num_spare_seqs": 16, "max_num_seqs": 8}

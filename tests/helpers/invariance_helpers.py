@@ -18,7 +18,9 @@ from octavo.engine.outputs import RequestOutput
 from octavo.models.kv_groups import with_kv_groups
 from octavo.models.rope import default_rope
 from octavo.models.spec import LayerSpec, ModelSpec, MoeSpec, NormSpec
+from octavo.runtime.loader import LoadedRuntime
 from octavo.sampling_params import SamplingParams
+from octavo.speculation.draft_model import DraftModelSource
 
 VOCAB = 211
 SYSTEM = [(11 * i + i * i) % 96 for i in range(17)]  # four blocks and a token
@@ -204,3 +206,24 @@ def crowd(engine: Engine) -> None:
             engine.add_request(name, other if i % 4 == 1 else prompt, params[name])
         for output in run_to_end(engine).values():
             check_answers(output, params[output.request_id])
+
+
+def first_layers(num_layers: int | None, spec: ModelSpec = SPEC) -> DraftModelSource:
+    """A draft model: the model itself, or its first layers."""
+    layers = spec.layers[:num_layers]
+    small = replace(spec, layers=layers)
+    options = RuntimeOptions(
+        dtype="f32",
+        kv_dtype="f32",
+        block_size=16,
+        max_model_len=512,
+        max_num_seqs=7,
+        max_num_batched_tokens=64,
+        num_threads=1,
+    )
+    runtime = _native.Runtime("cpu", small, options)
+    for name, array in weights(spec).items():
+        if not name.startswith("layers.") or int(name.split(".")[1]) < len(layers):
+            runtime.load(name, array, "f32")
+    runtime.alloc_kv(300)
+    return DraftModelSource(LoadedRuntime(runtime, options, 300, "cpu"), small.kv_windows, VOCAB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from octavo.engine.adapters import AdapterTable
@@ -69,7 +70,9 @@ class Endings:
         chunks = []
         ending = [a for a in self._requests[request_id] if not a.sequence.is_finished]
         for answer in ending:
-            text = answer.flush()
+            text = ""
+            with suppress(Exception):  # of its detokenizer: it ends without the rest of its text
+                text = answer.flush()
             self.scheduler.finish(answer.sequence, reason, now)
             if answer.request.stream or answer is ending[-1]:
                 chunks.append(self._chunk(answer, text, now))

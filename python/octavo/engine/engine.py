@@ -358,16 +358,16 @@ class Engine(Endings):
             if answer.failure is not None or not is_finite:
                 chunks += self._fail(answer, now, answer.failure or not_finite(answer))
                 continue
-            if sequence.num_candidates:
-                best = output.top_token_ids[row], output.top_logprobs[row]
-                chunks += self._search(answer, *best, now)
-                continue
             try:
+                if sequence.num_candidates:
+                    best = output.top_token_ids[row], output.top_logprobs[row]
+                    chunks += self._search(answer, *best, now)
+                    continue
                 text = self._append(answer, token, logprobs[row], now)
             except IntegrityError:
                 raise
-            except Exception as error:  # of its detokenizer: other requests are not affected
-                problem = f"the text of request {answer.request.request_id!r} cannot be made: "
+            except Exception as error:  # of its detokenizer or search: others are not affected
+                problem = f"the answer to request {answer.request.request_id!r} cannot be made: "
                 chunks += self._fail(answer, now, f"{problem}{type(error).__name__}: {error}")
                 continue
             if answer.request.stream or (sequence.is_finished and answer.request.is_finished):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from octavo.errors import InvalidArgumentError
 from octavo.models.adapter import Adapter
 from octavo.reference.sampling import sampling_rows
 from octavo.runtime.loader import LoadedRuntime
@@ -51,6 +52,16 @@ class Session:
         self.is_exact = loaded.device == "cpu" or loaded.options.deterministic
         self._block_size = loaded.options.block_size
         self.restart()
+
+    def need_one_rope(self) -> None:
+        """Raise an InvalidArgumentError where sequences may outgrow their rope's frequencies."""
+        switch = self.loaded.options.rope_switch
+        if switch:
+            raise InvalidArgumentError(
+                f"max_model_len is {self.loaded.options.max_model_len}, but with more than "
+                f"{switch} tokens this model has other rope frequencies, to which this search "
+                f"cannot change: expected at most {switch}"
+            )
 
     def restart(
         self, num_sequences: int = 1, blocks: Int32 | None = None, first_adapter: int = 0

@@ -82,6 +82,7 @@ class Amateur:
             )
         checkpoint = open_checkpoint(files, config.load_format, config.seed)
         self._session = Session(load_runtime(files, checkpoint, config, None, environment))
+        self._session.need_one_rope()
 
     def restart(self, num_sequences: int) -> None:
         """Begin again with so many empty sequences."""

@@ -77,6 +77,7 @@ class ContrastiveSearch:
         )
         checkpoint = open_checkpoint(files, config.load_format, config.seed)
         self._session = Session(load_runtime(files, checkpoint, config, None, environment))
+        self._session.need_one_rope()
         self._top_k = top_k
 
     def generate(
