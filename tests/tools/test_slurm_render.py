@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -138,6 +139,35 @@ def test_rows_are_formats_times_batch_sizes() -> None:
     (row,) = make_rows(odd, False)
     assert read_rows(str(row)) == [row]
     assert row.filled({"model": "m"})[2] == "m" and '{"method": "it\'s"}' in row.filled({})
+
+
+def test_the_node_replaces_nothing_in_a_users_own_words() -> None:
+    words = ("--system", "Answer as {model} would, {{results}}", "--stop", "}{")
+    places = {"model": "m", "results": "r"}
+    for kind, path in (("batch", "in-{model}.txt"), ("serve", ""), ("bench", "")):
+        (row,) = make_rows(JobRequest(kind, "c", "cpu", input=path, extra=words), False)
+        (read,) = read_rows(str(row))
+        filled = read.filled(places)
+        assert "m" in filled and [word for word in filled if word in words] == list(words)
+        assert not path or filled[2:4] == [path, "r/auto.jsonl"]
+    (row,) = make_rows(JobRequest("gpu", "c", "h100", extra=("{results}",)), True)
+    assert row.filled(places)[-1] == "{results}"
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029"])
+def test_a_row_ends_where_a_shells_line_does(mark: str) -> None:
+    (row,) = make_rows(JobRequest("serve", "c", "cpu", extra=("--alias", f"a{mark}b")), False)
+    assert read_rows(f"{row}\n") == [row]
+
+
+def test_modules_are_single_words_of_the_script(tmp_path: Path) -> None:
+    names = ["gcc/12.3.0", "cuda/12.6.1(default)", "gcc/12&touch"]
+    site = site_of(tmp_path, LEAST + f"modules: [{', '.join(names)}]\n")
+    text = render(JobRequest("bench", "c", "cpu"), site)
+    lines = [line for line in text.splitlines() if line.startswith("module load")]
+    assert [shlex.split(line)[2] for line in lines] == names and lines[0].split()[2] == names[0]
+    done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("text", ["", "alone", "a x\na y", "b 'x", "../a x"])

@@ -89,11 +89,11 @@ def test_another_jobs_results_are_left_alone(tmp_path: Path) -> None:
 
 def test_answers_that_are_missing_are_no_result(tmp_path: Path) -> None:
     """Python's own exit code after a traceback is 1, as that of a batch with bad lines."""
-    (tmp_path / "in").write_text("one\n\ntwo\n")
+    (tmp_path / "in{}").write_text("one\n\ntwo\n")
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\necho '{{}}' >>{tmp_path}/a.jsonl; exit 1\n")
     program.chmod(0o755)
-    row = Row("a", (str(program), "batch", str(tmp_path / "in")))
+    row = Row("a", (str(program), "batch", str(tmp_path / "in{{}")))
     assert worker(tmp_path, "batch").run([row]) == FAILED
     assert worker(tmp_path, "batch").run([row]) == FINISHED
     assert (

@@ -55,7 +55,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A command and its name. words: `{model}`, `{results}`, … stand for what the node decides."""
+    """A command and its name.
+
+    words: `{model}`, `{results}`, … stand for what the node decides, `{{` for one brace.
+    """
 
     name: str
     words: tuple[str, ...]
@@ -64,9 +67,10 @@ class Row:
         return " ".join((self.name, *map(_quoted, self.words)))
 
     def filled(self, places: Mapping[str, str]) -> list[str]:
-        """The command with every `{name}` of `places` replaced."""
-        pattern = "|".join(rf"\{{{name}\}}" for name in places) or r"(?!)"
-        return [re.sub(pattern, lambda m: places[m[0][1:-1]], word) for word in self.words]
+        """The command with every `{name}` of `places` replaced, and every `{{` by `{`."""
+        found = {"{{": "{", **{f"{{{name}}}": value for name, value in places.items()}}
+        pattern = "|".join(map(re.escape, found))
+        return [re.sub(pattern, lambda match: found[match[0]], word) for word in self.words]
 
 
 def _quoted(word: str) -> str:
@@ -76,7 +80,7 @@ def _quoted(word: str) -> str:
 def read_rows(text: str) -> list[Row]:
     """Rows from lines of a name and a command. Raises InvalidArgumentError."""
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:
@@ -194,7 +198,7 @@ class JobRequest:
 def make_rows(request: JobRequest, has_gpu: bool) -> list[Row]:
     """The rows of a job."""
     device = ("--device", "cuda" if has_gpu else "cpu")
-    extra = request.extra
+    extra = [_verbatim(word) for word in request.extra]
     if request.kind == "gpu":
         command = ("env", "OUT={results}", "{source}/benchmarks/gpu.sh", *extra)
         return [Row("gpu", command)]
@@ -204,7 +208,7 @@ def make_rows(request: JobRequest, has_gpu: bool) -> list[Row]:
         engine = (*device, *_format_options(request.kind, number_format, has_gpu))
         if request.kind == "batch":
             sizes: Sequence[str] = ("--max-num-seqs", str(size)) if size else ()
-            files = (request.input, f"{{results}}/{name}.jsonl", "--model", "{model}")
+            files = (_verbatim(request.input), f"{{results}}/{name}.jsonl", "--model", "{model}")
             words = ("octavo", "batch", *files, *engine, *sizes, *extra)
         elif request.kind == "serve":
             name = "serve"
@@ -216,6 +220,11 @@ def make_rows(request: JobRequest, has_gpu: bool) -> list[Row]:
             words = ("octavo", request.kind, "{model}", *engine, *sizes, *extra, *output)
         rows.append(Row(name, words))
     return rows
+
+
+def _verbatim(word: str) -> str:
+    """A user's own word, in which `Row.filled` then replaces nothing."""
+    return word.replace("{", "{{")
 
 
 def _format_options(kind: str, number_format: str, has_gpu: bool) -> Iterable[str]:

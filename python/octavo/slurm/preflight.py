@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ class Shell:
 
     def run(self, script: str) -> tuple[int, str]:
         """The exit code of a script behind `module load`, and what it printed."""
-        lines = [f"module load {name} || exit 90" for name in self.modules]
+        lines = [f"module load {shlex.quote(name)} || exit 90" for name in self.modules]
         command = ["bash", "-lc", "\n".join([*lines, script])]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

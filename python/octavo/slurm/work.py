@@ -221,7 +221,7 @@ class Worker:
             return {}
         answers = self.folder / f"{row.name}.jsonl"
         count = _num_lines(answers)
-        if code == 1 and count < _num_lines(Path(row.words[2])):
+        if code == 1 and count < _num_lines(Path(row.filled({})[2])):
             return None
         return {"answers": answers.name, "num_answers": count}
 
