@@ -163,6 +163,41 @@ def test_time_and_memory_are_those_of_the_plan(
     assert code == 0 and found["time"][0] == "warning" and "comes back about" in found["time"][1]
 
 
+def test_a_module_is_one_word_of_the_shell(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(place / "site.yaml", "cuda/12.6", "cuda/99&touch")
+    _, found = checks_of(capsys, "eval")
+    assert "Unable to locate cuda/99&touch" in found["modules"][1]
+
+
+def test_options_that_are_no_numbers_are_named(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, option in (("batch", "--max-num-seqs"), ("batch", "-n"), ("bench", "--batch")):
+        words = ("-i", "in.jsonl") if kind == "batch" else ()
+        code, found = checks_of(capsys, kind, *words, "--", option, "abc")
+        assert code == 1 and f"{option} is 'abc'; expected a whole number" in found["memory"][1]
+
+
+@pytest.mark.parametrize("words", ["--max-tokens=300", "-n 300", "-n300", "--max-tokens 300"])
+def test_the_plan_is_of_the_jobs_options(words: str) -> None:
+    model = ModelToPlan.of(read_model(LLAMA))
+    extra = ("--max-num-seqs=150", "--kv-dtype=f32", *words.split())
+    request = JobRequest("batch", "c", "h100", input="x", extra=extra)
+    plans = []
+    for asked in (request, replace(request, extra=extra[2:])):
+        found = estimate(
+            *(asked, make_rows(asked, True), model, 10**9, GPUS["h100"]),
+            Environment(home=None, num_threads=1, isa="auto"),
+            builds=False,
+            sizes=Sizes(640, 64_000),
+        )
+        assert found.plan is not None
+        plans.append(found.plan)
+    assert [plan.request.concurrency for plan in plans] == [150, 64]
+    assert [plan.request.context for plan in plans] == [400, 400]
+    assert [plan.options.kv_dtype for plan in plans] == ["f32", "bf16"]
+
+
 def test_seconds_are_work_over_speed() -> None:
     """640 prompts of 100 tokens by 64, answers of 256: ten times 256 steps of 64 sequences."""
     model = ModelToPlan.of(read_model(LLAMA))

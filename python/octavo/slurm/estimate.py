@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from octavo.config import EngineConfig, Environment
+from octavo.errors import InvalidArgumentError
 from octavo.plan.devices import Device
 from octavo.plan.plan import ModelToPlan, Plan, Request, make_plan
 from octavo.slurm.job import JobRequest, Row
@@ -18,6 +22,7 @@ from octavo.slurm.job import JobRequest, Row
 _READ, _START, _BUILD, _BUILD_CUDA = 0.5e9, 20.0, 180.0, 900.0
 _BYTES_A_TOKEN = 4  # of English
 _BENCH_PROMPT, _BENCH_DECODED, _BENCH_RUNS = 512, 128, 12  # five timed, and the gates
+_ANSWER = 256  # tokens of the longest, by default
 _EVAL_TOKENS, _EVAL_WINDOW = 45_000, 512  # the default text in windows that overlap by half
 _DIFF_TOKENS, _NUMPY = 60, 10e9  # operations a second of the reference
 _GPU_SECONDS = {"lease": 560.0, "lease-2": 560.0}
@@ -70,9 +75,10 @@ def estimate(
     start = _START + num_bytes / _READ
     plan_for = partial(_plan_row, request, model, device, environment)
     plans = {row.name: plan_for(row, sizes) for row in rows}
+    max_tokens = _max_tokens(request, model.spec.max_position_embeddings)
     of_kind: dict[str, Callable[[Plan], float]] = {
         "bench": _bench_seconds,
-        "batch": partial(_batch_seconds, sizes or Sizes(0, 0), _max_tokens(request)),
+        "batch": partial(_batch_seconds, sizes or Sizes(0, 0), max_tokens),
         "eval": lambda plan: 2 * _EVAL_TOKENS / plan.speed.prefill,
         "diff": lambda plan: 2.0 * num_bytes * _DIFF_TOKENS / _NUMPY,
         "serve": lambda plan: 0.0,
@@ -93,30 +99,53 @@ def _plan_row(
     sizes: Sizes | None,
 ) -> Plan:
     """The plan of one row: its format, its batch size, and as many tokens as it needs."""
-    words = dict(zip(row.words, row.words[1:], strict=False))
-    config = EngineConfig(dtype=words.get("--dtype", "auto"))  # type: ignore[arg-type]
-    if "--quantize" in words:
-        config = replace(config, quantize=words["--quantize"])  # type: ignore[arg-type]
+    options, longest = _options(row.words), model.spec.max_position_embeddings
+    names = {"--dtype": "dtype", "--kv-dtype": "kv_dtype", "--quantize": "quantize"}
+    given: dict[str, Any] = {names[name]: options[name] for name in names if name in options}
+    config = EngineConfig(**given)
     if request.kind == "batch":
-        count = int(words.get("--max-num-seqs", "64"))
+        count = _whole(options, "--max-num-seqs") or config.max_num_seqs
         mean = sizes.tokens // max(1, sizes.prompts) if sizes else 0
         count = max(1, min(count, sizes.prompts if sizes else 1))
-        asked = Request(mean + _max_tokens(request), count)
+        asked = Request(mean + _max_tokens(request, longest), count)
     elif request.kind == "bench":
-        asked = Request(_BENCH_PROMPT, int(words.get("--batch", "1").split(",")[0]))
+        asked = Request(_BENCH_PROMPT, _whole(options, "--batch", "-b") or 1)
     else:
         asked = Request(_EVAL_WINDOW, 1)
-    longest = model.spec.max_position_embeddings
     return make_plan(
         model, config, replace(asked, context=min(asked.context, longest)), device, environment
     )
 
 
-def _max_tokens(request: JobRequest) -> int:
-    """Of `octavo batch`: the longest answer of lines that name none."""
-    words = dict(zip(request.extra, request.extra[1:], strict=False))
-    given = words.get("--max-tokens") or words.get("-n") or "256"
-    return int(given) if given.isdecimal() else 256
+def _max_tokens(request: JobRequest, longest: int) -> int:
+    """Of `octavo batch`: the longest answer of lines that name none. longest: of the model."""
+    given = _whole(_options(request.extra), "--max-tokens", "-n")
+    return _ANSWER if given is None else longest if given < 0 else given
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """Options and their values: `--name value`, `--name=value`, `-n value` and `-nvalue`."""
+    parts: list[str] = []
+    for word in words:
+        joined = re.fullmatch(r"(--[\w-]+)=(.*)|(-\w)(.+)", word)
+        parts += [part for part in joined.groups() if part is not None] if joined else [word]
+    return dict(pairwise(parts))
+
+
+def _whole(options: Mapping[str, str], *names: str) -> int | None:
+    """The number of the option with one of these names, the first of several; None without it.
+
+    Raises InvalidArgumentError for another value.
+    """
+    for name in names:
+        if name in options:
+            first = options[name].partition(",")[0]
+            if not re.fullmatch(r"-?[0-9]{1,9}", first):
+                raise InvalidArgumentError(
+                    f"{name} is {options[name]!r}; expected a whole number: render the job again"
+                )
+            return int(first)
+    return None
 
 
 def _bench_seconds(plan: Plan) -> float:
