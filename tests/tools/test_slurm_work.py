@@ -15,16 +15,19 @@ from typing import Any
 
 import pytest
 from text_helpers import tiny_model
+from weights_helpers import write_gguf
 
 from octavo.cli import main
 from octavo.config import Environment
-from octavo.errors import InvalidArgumentError, ModelNotFoundError, OctavoError
+from octavo.errors import InvalidArgumentError, ModelNotFoundError, OctavoError, WeightsError
 from octavo.slurm.build import build_for_node, locked
 from octavo.slurm.collect import collect
 from octavo.slurm.job import KINDS, Row
 from octavo.slurm.node import Gpu, NodeInfo
-from octavo.slurm.stage import stage
+from octavo.slurm.stage import model_bytes, stage
 from octavo.slurm.work import FAILED, FINISHED, STOPPED, JobId, Preparation, Worker, work
+from octavo.weights.gguf_parts import GgufParts
+from octavo.weights.hub import resolve_model
 
 NODE = NodeInfo("Some CPU @ 2 GHz", Gpu("NVIDIA H100", "9.0", "555.1"))
 
@@ -248,7 +251,7 @@ def test_weights_are_copied_once_and_keep_their_name(tmp_path: Path) -> None:
     for name, called in (("org/name", "org/name"), (str(model), "org--name")):
         local = tmp_path / called.replace("/", "")
         got, own_home, said = stage(name, environment, local)
-        assert got == called and own_home == local / "octavo-home" and "on the node" in said
+        assert got == called and own_home is not None and "on the node" in said
         (copy,) = (own_home / "models").iterdir()
         assert {p.name for p in copy.iterdir()} == {p.name for p in model.iterdir()}
         mark = copy.stat().st_mtime_ns
@@ -257,6 +260,43 @@ def test_weights_are_copied_once_and_keep_their_name(tmp_path: Path) -> None:
     for missing in ("org/other", "smollm2-135m"):  # it is not fetched: nodes have no network
         with pytest.raises(ModelNotFoundError, match="octavo pull"):
             stage(missing, environment, None)
+
+
+def weights_of(home: Path, called: str) -> bytes:
+    return (resolve_model(called, Environment(home, 1, "auto")) / "weights").read_bytes()
+
+
+def test_another_models_copy_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of two runs have one name, and so has a model that was trained again."""
+    environment, local = Environment(tmp_path / "home", 1, "auto"), tmp_path / "local"
+    models = [tmp_path / run / "checkpoint-1000" for run in ("lr1", "lr2")]
+    for model in models:
+        model.mkdir(parents=True)
+        (model / "weights").write_text(model.parent.name)
+    for model in models:
+        called, home, _ = stage(str(model), environment, local)
+        assert home is not None and called == model.name
+        assert weights_of(home, called) == model.parent.name.encode()
+    (models[0] / "weights").write_text("new")  # of as many bytes
+    called, home, _ = stage(str(models[0]), environment, local)
+    assert home is not None and weights_of(home, called) == b"new"
+    monkeypatch.chdir(models[0].parent)  # in which that name is another model
+    called, home, _ = stage(str(models[1]), environment, local)
+    assert home is not None and weights_of(home, called) == b"lr2"
+
+
+def test_all_parts_of_a_gguf_are_copied(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", tensors_per_part=9)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    size = sum(part.stat().st_size for part in parts)
+    assert len(parts) > 1 and model_bytes(parts[1]) == size
+    environment = Environment(tmp_path / "home", 1, "auto")
+    called, home, _ = stage(str(parts[1]), environment, tmp_path / "local")
+    assert home is not None and Path(called).is_relative_to(home)
+    assert [part.name for part in GgufParts(Path(called)).paths] == [part.name for part in parts]
+    parts[0].unlink()
+    with pytest.raises(WeightsError, match="these are missing beside it"):
+        stage(str(parts[1]), environment, tmp_path / "local")
 
 
 def test_a_full_disk_leaves_weights_where_they_are(

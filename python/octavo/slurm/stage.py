@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +13,8 @@ from octavo.config import Environment
 from octavo.errors import ModelNotFoundError
 from octavo.files import expand_home, writing
 from octavo.machine import format_bytes
-from octavo.progress import folder_size
 from octavo.slurm.job import staged_name
+from octavo.weights.gguf_parts import GgufParts
 from octavo.weights.hub import model_directory, resolve_model
 from octavo.weights.huggingface import find_snapshot
 
@@ -33,8 +35,8 @@ def find_model(name: str, environment: Environment) -> Path:
 
 
 def model_bytes(model: Path) -> int:
-    """Bytes of a model's files."""
-    return model.stat().st_size if model.is_file() else folder_size(model)
+    """Bytes of a model's files. Raises WeightsError for a GGUF file that lacks its other parts."""
+    return sum(path.stat().st_size for path in _files(model).values())
 
 
 def stage(name: str, environment: Environment, local: Path | None) -> tuple[str, Path | None, str]:
@@ -44,17 +46,20 @@ def stage(name: str, environment: Environment, local: Path | None) -> tuple[str,
     OCTAVO_HOME in which they find it (None: as it was), and a sentence about it. A copy is renamed
     when it is whole, so several tasks on one node may stage the same model.
     Raises ModelNotFoundError for a model that is not here, FileError for a disk that cannot be
-    written.
+    written, WeightsError for a GGUF file that lacks its other parts.
     """
     source = find_model(name, environment)
     if local is None:
         return name, None, f"weights are read from {source}"
-    home, size = local / "octavo-home", model_bytes(source)
+    files, size = _files(source), model_bytes(source)
+    home = local / "octavo-home" / _identity(files)
     called = staged_name(name)
     target = model_directory(called, replace(environment, home=home))
-    if target is None or source.is_file():
+    # Another folder of that name where the job runs would come before the copy.
+    hidden = os.path.exists(called) and not os.path.samefile(called, source)
+    if target is None or source.is_file() or hidden:
         target = home / "models" / source.name
-        called = str(target)
+        called = str(target / source.name if source.is_file() else target)
     if not target.exists():
         with writing(target, "the node's copy of the weights"):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,24 +71,36 @@ def stage(name: str, environment: Environment, local: Path | None) -> tuple[str,
                     f"weights are read from {source}: {local} has {format_bytes(free)} free for "
                     f"their {format_bytes(size)}",
                 )
-            _copy(source, target)
+            _copy(files, target)
     return called, home, f"{format_bytes(size)} of weights are on the node, in {target}"
 
 
-def _copy(source: Path, target: Path) -> None:
+def _files(model: Path) -> dict[str, Path]:
+    """A model's files by their names in its folder: all that are in it, or a GGUF's parts."""
+    if model.is_file():
+        return {part.name: part for part in GgufParts(model).paths}
+    walk = os.walk(model, followlinks=True)  # the Hub's cache is links
+    found = (Path(place, name) for place, _, names in walk for name in names)
+    return {str(path.relative_to(model)): path for path in sorted(found) if path.is_file()}
+
+
+def _identity(files: Mapping[str, Path]) -> str:
+    """Another one once a file lies elsewhere or was written again: names alone may be equal."""
+    states = [(name, path.resolve(), path.stat()) for name, path in files.items()]
+    told = [f"{name} {path} {stat.st_size} {stat.st_mtime_ns}" for name, path, stat in states]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+def _copy(files: Mapping[str, Path], target: Path) -> None:
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        if source.is_file():
-            shutil.copyfile(source, partial)
-        else:
-            shutil.copytree(source, partial)  # the Hub's cache is links, which are followed
+        for name, path in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, partial / name)
         try:
             partial.rename(target)
         except OSError:
             if not target.exists():  # another task was faster
                 raise
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
