@@ -334,6 +334,24 @@ def test_results_are_merged_and_gaps_said(
     assert "there are no results of jobs" in capsys.readouterr().err
 
 
+def test_figures_are_those_of_the_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `octavo eval` writes, and a row of `octavo bench` whose gate failed."""
+    model = str(tiny_model(tmp_path / "tiny"))
+    options = ("--load-format", "dummy", "--random", "40", "--device", "cpu", "--json")
+    assert (
+        worker(tmp_path / "out", "eval").run([Row("e", ("octavo", "eval", model, *options))]) == 0
+    )
+    code = 'print(\'{"rows": [{"name": "tg9", "mean": null}]}\')'
+    worker(tmp_path / "out").run([python("b", code)])
+    assert main(["slurm", "collect", str(tmp_path / "out"), "--no-report"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tg9 gate failed" in shown
+    perplexity = result(tmp_path / "out", "e")["model"]["perplexity"]["value"]
+    assert f"perplexity {perplexity:.3f}" in shown
+
+
 def test_work_as_a_job_calls_it(tmp_path: Path) -> None:
     """A whole process: one row of an array, on a copy of the model; then nothing is left."""
     tiny_model(tmp_path / "home" / "models" / "tiny")

@@ -35,13 +35,17 @@ class Result:
         content, kind = self.content, self.job["kind"]
         if kind == "bench":
             rows = content.get("rows", [])
-            return ", ".join(f"{row['name']} {row['mean']:,.1f} tokens/s" for row in rows)
+            return ", ".join(f"{row['name']} {_speed(row['mean'])}" for row in rows)
         if kind == "eval":
-            loss = content.get("model", {}).get("perplexity")
-            return "" if loss is None else f"perplexity {loss:.3f}"
+            return f"perplexity {content['model']['perplexity']['value']:.3f}"
         if kind == "batch":
             return f"{content['num_answers']:,} answers"
         return f"exit code {self.job['exit_code']}"
+
+
+def _speed(mean: float | None) -> str:
+    """Of a row of `octavo bench`, which times nothing whose gate failed."""
+    return "gate failed" if mean is None else f"{mean:,.1f} tokens/s"
 
 
 @dataclass(frozen=True)
