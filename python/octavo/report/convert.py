@@ -12,6 +12,8 @@ from typing import Any
 from octavo.errors import InvalidArgumentError
 
 Content = Mapping[str, Any]
+# What comes of a file that lacks a part, or has another in its place.
+_DAMAGES = (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError)
 _FORMATS = {"f32": 32.0, "bf16": 16.0, "int8": 8.0, "w8a8": 8.0, "q8_0": 8.5, "int4": 4.5}
 _FORMATS |= {"q4_0": 4.5, "int4-g128": 4.125, "Q8_0": 8.5, "Q4_0": 4.5}
 
@@ -22,7 +24,7 @@ def convert(content: Content, where: str) -> dict[str, Any]:
         if belongs(content):
             try:
                 return made(content)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except _DAMAGES as error:
                 raise InvalidArgumentError(
                     f"{where} looks like results of {made.__name__.strip('_')}, but is not whole: "
                     f"{type(error).__name__} {error}; expected the file as octavo wrote it"
@@ -155,7 +157,7 @@ def _gpu(content: Content) -> dict[str, Any]:
     machine = {
         **stamp,
         "processor": device,
-        "num_threads": 1,
+        "num_threads": None,
         "gpus": [
             f"{device}, CUDA {native['cuda_runtime']}, driver {native['cuda_driver']}; clocks now "
             f"and at most, memory's, watts now and at most, Celsius, driver: {stamp['clocks']}"
@@ -264,7 +266,7 @@ def _bench_serve(content: Content) -> dict[str, Any]:
         )
         for each in content["loads"]
     ]
-    machine = {"processor": content["client"], "date": "not told", "num_threads": 1}
+    machine = {"processor": content["client"], "date": "not told", "num_threads": None}
     machine["versions"] = {"octavo": content["octavo"]}
     systems = [_system(model, "octavo served")]
     return _made(f"octavo bench serve: {model}", machine, systems=systems, rows=rows)
@@ -294,7 +296,7 @@ def quality_of_eval(content: Content) -> dict[str, Any]:
 
 def _octavo_eval(content: Content) -> dict[str, Any]:
     found = quality_of_eval(content)
-    machine = {"processor": "not told", "date": "not told", "num_threads": 1}
+    machine = {"processor": "not told", "date": "not told", "num_threads": None}
     return _made(f"octavo eval: {found['model']}", machine, quality=[found])
 
 

@@ -7,9 +7,10 @@ the other files.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,69 +166,111 @@ def read_results(path: Path) -> Results:
 
 
 def _results(content: Mapping[str, Any], path: Path) -> Results:
-    where = str(path)
-    machine = content.get("machine")
-    if not isinstance(machine, Mapping):
+    where, schema = str(path), json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    if content.get("machine") is None:
         raise InvalidArgumentError(
             f"{where} has no machine; expected an object, as {SCHEMA} has it"
         )
+    check = _Check({f"#/$defs/{name}": each for name, each in schema["$defs"].items()})
+    found = {
+        key: check(content[key], each, f"{where}: {key}")
+        for key, each in schema["properties"].items()
+        if content.get(key) is not None
+    }
+    rows = _all(Row, found.get("rows", []))
+    for index, row in enumerate(rows):
+        if row.measure == "load" and not (row.users or row.rate):
+            raise InvalidArgumentError(
+                f"{where}: rows[{index}] is of a load and has neither users nor a rate; expected "
+                "one of them"
+            )
     return Results(
         file=path.name,
-        title=str(content.get("title") or path.stem),
-        machine=machine,
-        systems=_all(System, content, "systems", where),
-        rows=_all(Row, content, "rows", where),
-        quality=_all(Quality, content, "quality", where),
-        gaps=_all(Gap, content, "gaps", where),
-        seconds=content.get("seconds"),
-        command=str((content.get("spec") or {}).get("command", "")),
+        title=found.get("title") or path.stem,
+        machine=found["machine"],
+        systems=_all(System, found.get("systems", [])),
+        rows=rows,
+        quality=_all(Quality, found.get("quality", [])),
+        gaps=_all(Gap, found.get("gaps", [])),
+        seconds=found.get("seconds"),
+        command=str(found.get("spec", {}).get("command", "")),
     )
 
 
-_Kind = TypeVar("_Kind")
-_CHECKS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "Sequence[float]": (list,),
-    "Mapping[str, Any]": (dict,),
+_TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
+    "object": ("an object", (dict,)),
+    "array": ("a list", (list,)),
+    "string": ("text", (str,)),
+    "integer": ("a whole number", (int,)),
+    "number": ("a number", (int, float)),
+    "boolean": ("true or false", (bool,)),
 }
 
 
-def _all(kind: type[_Kind], content: Mapping[str, Any], key: str, where: str) -> tuple[_Kind, ...]:
-    given = content.get(key, [])
-    if not isinstance(given, list):
-        raise InvalidArgumentError(f"{where}: {key} is {given!r:.80}; expected a list")
-    return tuple(_one(kind, each, f"{where}: {key}[{i}]") for i, each in enumerate(given))
+@dataclass(frozen=True)
+class _Check:
+    """Compares values with their place in results.schema.json. definitions: what "$ref" names.
+
+    Its words for types, names, and how many there are of something are obeyed. null stands for a
+    value that is not there. Raises InvalidArgumentError, which names the place.
+    """
+
+    definitions: Mapping[str, Any]
+
+    def __call__(self, value: Any, schema: Mapping[str, Any], where: str) -> Any:
+        """The value, without every null in it."""
+        schema = self.definitions.get(schema.get("$ref", ""), schema)
+        given = schema.get("type", ())
+        types = [given] if isinstance(given, str) else [each for each in given if each != "null"]
+        choices, least = schema.get("enum", (value,)), schema.get("minItems", 0)
+        if types and not any(_is_of(value, each) for each in types):
+            expected = " or ".join(_TYPES[each][0] for each in types)
+        elif value not in choices:
+            expected = f"one of {', '.join(map(str, choices))}"
+        elif least and not least <= len(value) <= schema.get("maxItems", len(value)):
+            expected = f"{least} of them" if "maxItems" in schema else f"{least} of them or more"
+        elif isinstance(value, dict):
+            return self._object(value, schema, where)
+        elif isinstance(value, list):
+            items = schema.get("items", {})
+            return [self(each, items, f"{where}[{i}]") for i, each in enumerate(value)]
+        else:
+            return value
+        raise InvalidArgumentError(f"{where} is {value!r:.80}; expected {expected}")
+
+    def _object(self, value: dict[str, Any], schema: Mapping[str, Any], where: str) -> Any:
+        known = schema.get("properties", {})
+        for name in schema.get("required", ()):
+            if value.get(name) is None and "null" not in known[name].get("type", ()):
+                raise InvalidArgumentError(f"{where} has no {name}; expected it, as {SCHEMA} has")
+        other = schema.get("additionalProperties", {})
+        return {
+            name: self(each, known.get(name, other), f"{where}.{name}")
+            for name, each in value.items()
+            if each is not None
+        }
 
 
-def _one(kind: type[_Kind], given: Any, where: str) -> _Kind:
-    """A dataclass of an object's known fields; what is missing or of another type is named."""
-    if not isinstance(given, Mapping):
-        raise InvalidArgumentError(f"{where} is {given!r:.80}; expected an object")
-    made: dict[str, Any] = {}
-    for each in fields(kind):  # type: ignore[arg-type]
-        value = given.get(each.name)
-        expected, optional = str(each.type), str(each.type).endswith(" | None")
-        if value is None:
-            if each.default is MISSING and each.default_factory is MISSING:
-                raise InvalidArgumentError(f"{where} has no {each.name}; expected {expected}")
-            continue
-        if expected == "Distribution | None":
-            made[each.name] = _one(Distribution, value, f"{where}.{each.name}")
-            continue
-        types = _CHECKS[expected.removesuffix(" | None") if optional else expected]
-        if not isinstance(value, types) or isinstance(value, bool):
-            raise InvalidArgumentError(f"{where}.{each.name} is {value!r:.80}; expected {expected}")
-        if expected == "Sequence[float]" and not _are_numbers(
-            given[each.name], each.name == "samples"
-        ):
-            raise InvalidArgumentError(
-                f"{where}.{each.name} is {value!r:.80}; expected numbers, one at least"
-            )
-        made[each.name] = value
-    return kind(**made)
+def _is_of(value: Any, name: str) -> bool:
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return name == "boolean" and isinstance(value, bool)
+    return isinstance(value, _TYPES[name][1])
 
 
-def _are_numbers(values: Sequence[Any], needs_one: bool) -> bool:
-    return (bool(values) or not needs_one) and all(isinstance(v, (int, float)) for v in values)
+_Kind = TypeVar("_Kind")
+
+
+def _all(kind: type[_Kind], given: Sequence[Mapping[str, Any]]) -> tuple[_Kind, ...]:
+    return tuple(_one(kind, each) for each in given)
+
+
+def _one(kind: type[_Kind], given: Mapping[str, Any]) -> _Kind:
+    """A dataclass of an object's known fields."""
+    known = {each.name: str(each.type) for each in fields(kind)}  # type: ignore[arg-type]
+    return kind(
+        **{
+            name: _one(Distribution, value) if known[name].startswith("Distribution") else value
+            for name, value in given.items()
+            if name in known
+        }
+    )

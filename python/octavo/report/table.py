@@ -112,7 +112,9 @@ def ratio_table(results: Results, model: str, measure: str) -> Table | None:
 
 def ratio(ours: Row, theirs: Row) -> str:
     """ "1.66 (1.52 to 1.74)", of the rounds that both took part in."""
-    found = [a / b for a, b in zip(ours.samples, theirs.samples, strict=False)]
+    found = [a / b for a, b in zip(ours.samples, theirs.samples, strict=False) if b]
+    if not found:
+        return "-"
     text = f"{statistics.median(found):.2f}"
     return text if len(found) == 1 else f"{text} ({min(found):.2f} to {max(found):.2f})"
 
@@ -232,7 +234,7 @@ def machine_lines(results: Results) -> list[tuple[str, str]]:
     known = [
         ("processor", str(m.get("processor", ""))),
         ("threads", str(m.get("num_threads") or "")),
-        ("instruction set", native.get("isa", "") if isa in (None, "auto") else str(isa)),
+        ("instruction set", str(native.get("isa", "") if isa in (None, "auto") else isa)),
         ("NUMA nodes", str(m.get("numa_nodes") or "")),
         ("memory", format_bytes(m["memory_bytes"]) if m.get("memory_bytes") else ""),
         ("clocks", clocks),
