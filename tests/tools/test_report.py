@@ -301,13 +301,29 @@ def test_pictures_are_written_and_what_lacks_is_said(file: Path, tmp_path: Path)
     few = {**content, "rows": content["rows"][:1], "quality": []}  # a bar and a roofline
     file.write_text(json.dumps(few))
     assert main(["report", str(file), "--png", str(folder), "--svg", str(folder)]) == 0
-    names = sorted(path.name.removeprefix("r-m & <b>-") for path in folder.iterdir())
+    names = sorted(path.name.removeprefix("r-m_b_-") for path in folder.iterdir())
     assert names == ["decode.png", "decode.svg", "roofline.png", "roofline.svg"]
     assert lacking([results]) == ["joules: the machine counted none"]
     bare = Results("f", "t", results.machine, (), results.rows[:1], (), ())
     text = " ".join(lacking([bare]))
     assert "offered load" in text and "octavo eval --json" in text
     assert "Not in these files at all" in render([bare], "t")
+
+
+def test_every_plot_has_a_file_in_the_folder(file: Path, tmp_path: Path) -> None:
+    content = json.loads(file.read_text())
+    files = []
+    for folder, model in (("a", "org/name"), ("b", "org/name"), ("c", "x/../../../escaped")):
+        made = {**row("octavo int8", "decode", 2.5, 3.5), "model": model}
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / "r.json")
+        files[-1].write_text(json.dumps({**content, "rows": [made], "quality": []}))
+    pictures = tmp_path / "deep" / "er" / "pictures"
+    written = write_pictures([read_results(each) for each in files], pictures, "svg")
+    names = ["r-org_name-decode.svg", "r-org_name-decode-2.svg", "r-x_.._.._.._escaped-decode.svg"]
+    assert [path.name for path in written] == names
+    found = [path for path in tmp_path.rglob("*") if path.suffix == ".svg"]
+    assert sorted(found) == sorted(written)
 
 
 def test_without_matplotlib_it_says_what_to_do(

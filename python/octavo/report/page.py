@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import count
 from pathlib import Path
 
 from octavo.files import writing
@@ -212,14 +214,22 @@ def _themed(plot: Plot) -> dict[str, str]:
     return found
 
 
+def _new_file(folder: Path, name: str, suffix: str, written: Sequence[Path]) -> Path:
+    """A file in the folder, of a plot's name without what is special in paths, and not yet used."""
+    stem = re.sub(r"[^\w.-]+", "_", name)
+    numbered = (f"{stem}-{number}" if number > 1 else stem for number in count(1))
+    files = (folder / f"{each}.{suffix}" for each in numbered)
+    return next(file for file in files if file not in written)
+
+
 def write_pictures(results: Sequence[Results], folder: Path, suffix: str) -> list[Path]:
-    """Every plot as a PNG or an SVG file, on white paper."""
+    """Every plot as a PNG or an SVG file of its own, on white paper. Raises FileError."""
     with writing(folder, "plots"):
         folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     for part in sections(results):
         if part.plot is not None:
-            file = folder / f"{part.plot.name}.{suffix}"
+            file = _new_file(folder, part.plot.name, suffix, written)
             with writing(file, "a plot"):
                 file.write_bytes(part.plot.picture(suffix, paper="white"))
             written.append(file)
