@@ -95,19 +95,20 @@ std::int32_t rank_of(const float* values, std::int64_t count, std::int32_t token
   return rank;
 }
 
-RowLogprobs list_logprobs(const std::vector<float>& values, std::int32_t token_id,
-                          std::int64_t num_top) {
-  const auto at = [&](std::int32_t token) { return values[static_cast<std::size_t>(token)]; };
-  std::vector<std::int32_t> tokens(values.size());
+RowLogprobs list_logprobs(const std::vector<float>& logits, const std::vector<float>& logprobs,
+                          std::int32_t token_id, std::int64_t num_top) {
+  const auto at = [&](std::int32_t token) { return logits[static_cast<std::size_t>(token)]; };
+  std::vector<std::int32_t> tokens(logits.size());
   std::iota(tokens.begin(), tokens.end(), 0);
   std::partial_sort(
       tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(num_top), tokens.end(),
       [&](std::int32_t a, std::int32_t b) { return at(a) != at(b) ? at(a) > at(b) : a < b; });
   tokens.resize(static_cast<std::size_t>(num_top));
   RowLogprobs result;
-  result.logprob = at(token_id);
-  result.rank = rank_of(values.data(), static_cast<std::int64_t>(values.size()), token_id);
-  for (const std::int32_t token : tokens) result.top_logprobs.push_back(at(token));
+  result.logprob = logprobs[static_cast<std::size_t>(token_id)];
+  result.rank = rank_of(logits.data(), static_cast<std::int64_t>(logits.size()), token_id);
+  for (const std::int32_t token : tokens)
+    result.top_logprobs.push_back(logprobs[static_cast<std::size_t>(token)]);
   result.top_token_ids = std::move(tokens);
   return result;
 }

@@ -28,15 +28,16 @@ void write(const Adjustments& adjustments, unsigned char* host);
 LogitAdjustments find(const Adjustments& adjustments, const unsigned char* copy);
 
 // Log-probabilities of one row: of the sampled token, with its rank, and of the `num_top` most
-// probable ones, the lower id first of equals. values: log(softmax(logits)), [vocab_size].
+// probable ones, the lower id first of equals. logprobs: log(softmax(logits)), [vocab_size]; they
+// are rounded, so the order is that of the logits.
 struct RowLogprobs {
   float logprob = 0.0f;
   std::int32_t rank = 0;
   std::vector<std::int32_t> top_token_ids;
   std::vector<float> top_logprobs;
 };
-RowLogprobs list_logprobs(const std::vector<float>& values, std::int32_t token_id,
-                          std::int64_t num_top);
+RowLogprobs list_logprobs(const std::vector<float>& logits, const std::vector<float>& logprobs,
+                          std::int32_t token_id, std::int64_t num_top);
 
 // The place of a token in that order, counted from 1.
 std::int32_t rank_of(const float* values, std::int64_t count, std::int32_t token_id);

@@ -133,13 +133,14 @@ void Runtime::take_own_logprobs(InFlightStep& step) {
   View logits = logits_view(step);
   logits.rows = step.num_rows;
   backend_->log_softmax(scores, logits);
-  std::vector<float> values(static_cast<std::size_t>(spec_.vocab_size));
+  std::vector<float> values(static_cast<std::size_t>(spec_.vocab_size)), logprobs(values);
   for (std::size_t row = 0; row < static_cast<std::size_t>(step.num_rows); ++row) {
     const std::int32_t wanted = step.batch.sampling[row].num_logprobs;
     if (wanted < 0 || !host[at.finite + row]) continue;
-    backend_->download(values.data(), scores.row(static_cast<std::int64_t>(row)),
-                       values.size() * 4);
-    const RowLogprobs own = list_logprobs(values, token_ids[row], wanted);
+    const auto number = static_cast<std::int64_t>(row);
+    backend_->download(values.data(), logits.row(number), values.size() * 4);
+    backend_->download(logprobs.data(), scores.row(number), values.size() * 4);
+    const RowLogprobs own = list_logprobs(values, logprobs, token_ids[row], wanted);
     const auto num_top = static_cast<std::size_t>(step.num_top);
     reinterpret_cast<float*>(host + at.logprobs)[row] = own.logprob;
     reinterpret_cast<std::int32_t*>(host + at.ranks)[row] = own.rank;

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_helpers import DEVICE, needs_cuda
 from runtime_helpers import VOCAB, logits_of, make_batch, random_weights, tiny_runtime, tiny_spec
 
 from octavo import _native
@@ -308,3 +309,29 @@ def test_f16_and_bf16_weights_load_exactly() -> None:
         runtime.alloc_kv(2)
         results.append(logits_of(runtime, make_batch([(PROMPT, 0, [0, 1])])))
     assert (results[0] == results[1]).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=needs_cuda)])
+def test_ranks_are_those_of_the_logits_whatever_another_row_asks_for(device: str) -> None:
+    """Log-probabilities are rounded: different logits may have the same one."""
+    runtime = tiny_runtime(device=device)
+    batch = make_batch([([1, 2], 0, [0]), ([4], 0, [1])], num_logprobs=5)
+    one = np.float32(1.0)
+    logits = np.zeros(VOCAB, np.float32)
+    above = np.nextafter(one, np.float32(2))
+    logits[[60, 7, 40, 20, 33]] = (np.nextafter(above, np.float32(2)), one, above, one, above)
+
+    def results(adjustments: Any) -> list[list[Any]]:
+        ticket = runtime.submit(batch)
+        runtime.set_logits(ticket, 0, logits)
+        runtime.sample(ticket, None, adjustments)
+        output = runtime.wait(ticket)
+        tops = output.top_token_ids[0], output.top_logprobs[0]
+        return [output.ranks[:1].tolist(), *(each.tolist() for each in tops)]
+
+    biased = (np.array([0, 0, 1]), np.array([9]), np.ones(1), np.full(1, 0.5))  # of the second row
+    types = (np.int32, np.int32, np.float32, np.float32)
+    adjustments = tuple(each.astype(kind) for each, kind in zip(biased, types, strict=True))
+    plain = results(None)
+    assert plain[1] == [60, 33, 40, 7, 20] and len(set(plain[2])) < 3
+    assert results(adjustments) == plain
