@@ -207,7 +207,7 @@ SEEN = (
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]},
             'content="";role="assistant";'
-            'tool_calls=[{"function": {"name": "f", "arguments": {}}}];',
+            'tool_calls=[{"function": {"name": "f", "arguments": {}}, "type": "function"}];',
         ),
         (
             {
@@ -217,7 +217,7 @@ SEEN = (
                 ],
             },
             'content="";role="assistant";'
-            'tool_calls=[{"function": {"name": "f", "arguments": {"a": 1}}}];',
+            'tool_calls=[{"function": {"name": "f", "arguments": {"a": 1}}, "type": "function"}];',
         ),
         (
             {"role": "user", "content": ["a", {"type": "input_text", "text": "b"}]},

@@ -155,7 +155,7 @@ WRONG_PARTS: dict[str, tuple[tuple[str | int, ...], object, str]] = {
     "no text": (("rows", 0, "model"), 3, "rows[0].model is 3; expected text"),
     "nothing": (("rows", 0, "unit"), None, "rows[0] has no unit"),
     "no samples": (("rows", 0, "samples"), [], "samples is []; expected 1 of them or more"),
-    "no number": (("rows", 0, "samples", 1), float("inf"), "samples[1] is inf; expected a number"),
+    "no number": (("rows", 0, "samples", 1), float("nan"), "samples[1] is nan; expected a number"),
     "a truth": (("rows", 0, "prompt"), True, "prompt is True; expected a whole number"),
     "a word": (("rows", 0, "limit"), "disk", "is 'disk'; expected one of memory, arithmetic"),
     "quantiles": (("rows", 7, "first_ms", "quantiles"), [1], "is [1]; expected 101 of them"),

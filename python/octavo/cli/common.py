@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -104,8 +105,12 @@ def load_llm(
     from octavo.weights.model_files import read_model
 
     path = resolve_model(model, read_environment())
-    if needs_text and path.is_dir() and not holds_tokenizer(folder := read_model(path).folder):
-        Tokenizer(folder)  # its error has the commands that make one
+    if needs_text and path.is_dir():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # loading warns again
+            folder = read_model(path).folder
+        if not holds_tokenizer(folder):
+            Tokenizer(folder)  # its error has the commands that make one
     stage = f"loading {Path(model or DEFAULT_MODEL).name}"
     with progress_bar("bytes", quiet=quiet) as bar:
         on_load = partial(bar.update, stage)

@@ -252,8 +252,10 @@ class _Check:
 
 
 def _is_of(value: Any, name: str) -> bool:
-    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
-        return name == "boolean" and isinstance(value, bool)
+    if isinstance(value, bool):
+        return name == "boolean"
+    if isinstance(value, float) and math.isnan(value):  # infinite may be a perplexity
+        return False
     return isinstance(value, _TYPES[name][1])
 
 

@@ -120,19 +120,30 @@ class ChatTemplate:
 
         Some write a call only where the content is none, and add its arguments to a text, as
         DeepSeek-R1's. The calls are marked for a trial. A template that knows no calls gets the
-        first form; one that does, but writes a call in no form, is a TokenizerError.
+        first form. One that does may leave out those of earlier turns; if it writes a call of the
+        last turn in no form, that is a TokenizerError.
         """
         messages: list[dict[str, Any]] = variables["messages"]
-        calls = [call for message in messages for call in message.get("tool_calls", ())]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        calls, num_old = [], 0
+        for index, message in enumerate(messages):
+            calls += message.get("tool_calls", ())
+            num_old = len(calls) if index < max(turns, default=0) else num_old
         if not calls or "tool_calls" not in self.source:
             return messages
         marks = [f"octavo_call_{number}_" for number in range(len(calls))]
+        best, most = None, -1
         for form in _CALL_FORMS:
             with suppress(Exception):
                 trial = _in_form(messages, *form, marks)
                 prompt = self._template.render({**variables, "messages": trial})
-                if all(mark in prompt for mark in marks):
-                    return _in_form(messages, *form)
+                written = [mark in prompt for mark in marks]
+                if all(written[num_old:]) and sum(written) > most:
+                    best, most = form, sum(written)
+            if most == len(calls):
+                break
+        if best is not None:
+            return _in_form(messages, *best)
         self._template.render(variables)  # raises what keeps it from writing anything
         names = ", ".join(call["function"]["name"] for call in calls)
         raise TokenizerError(
@@ -270,6 +281,7 @@ def _check_calls(where: str, calls: Any) -> list[dict[str, Any]]:
         arguments = _read_arguments(f"{where}[{index}]", function.get("arguments"))
         plain = {name: value for name, value in call.items() if value is not None}
         checked.append({**plain, "function": {**function, "arguments": arguments}})
+        checked[-1].setdefault("type", "function")  # some templates write it
     return checked
 
 

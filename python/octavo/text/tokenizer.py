@@ -167,15 +167,16 @@ class Tokenizer:
         declared = self.config.get("added_tokens_decoder")
         entries = declared.items() if isinstance(declared, Mapping) else ()
         numbered = {int(i): value for i, value in entries if i.isdecimal()}
-        found = {
+        of_decoder = {
             content: _flags(value)
             for _, value in sorted(numbered.items())
             if (content := token_content(value)) is not None
         }
+        found = dict(of_decoder)
         for value in map(self.config.get, _NAMED_TOKENS):
             content = token_content(value)
             if content is not None:
-                flags = found.get(content, known.get(content, _flags(value)))
+                flags = of_decoder.get(content, known.get(content, _flags(value)))
                 found[content] = {**flags, "special": True}
         for key in _EXTRA_TOKENS:
             values = self.config.get(key)

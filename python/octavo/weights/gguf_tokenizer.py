@@ -122,6 +122,10 @@ def find_ends(metadata: Mapping[str, Any]) -> list[int]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     texts = enumerate(tokens if isinstance(tokens, list) else ())
     found = {token: i for i, token in texts if isinstance(token, str) and token in _ENDS}
+    eos, kinds = (metadata.get(f"tokenizer.ggml.{n}") for n in ("eos_token_id", "token_type"))
+    index = found.get("</s>")
+    if index not in (None, eos) and isinstance(kinds, list) and _USER_DEFINED in kinds[index:][:1]:
+        del found["</s>"]  # Gemma's: a tag of HTML
     if {"<|return|>", "<|call|>"} <= found.keys():
         found.pop("<|end|>", None)  # gpt-oss: a message ends, and the answer goes on
     return list(found.values())

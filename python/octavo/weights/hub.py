@@ -185,7 +185,8 @@ def incomplete_models(environment: Environment) -> dict[str, Path]:
 def remove(name: str, environment: Environment) -> int:
     """Delete a pulled model, and what an interrupted pull of it has fetched.
 
-    Returns the bytes that they took. Raises ModelNotFoundError for another name.
+    Returns the bytes that they took. Raises ModelNotFoundError for another name, FileError while
+    the model is being fetched.
     """
     path = model_directory(name, environment)
     folders = [] if path is None else [each for each in (path, _staging(path)) if each.is_dir()]
@@ -194,10 +195,9 @@ def remove(name: str, environment: Environment) -> int:
         raise ModelNotFoundError(f"{name!r} is not a pulled model; pulled are: {here}")
     num_bytes = sum(map(folder_size, folders))
     try:
-        with _locked(path, NO_PROGRESS):
-            for folder in (path, _staging(path)):  # a pull may have ended meanwhile
-                if folder.is_dir():
-                    shutil.rmtree(folder)
+        with _locked(path, None):
+            for folder in folders:
+                shutil.rmtree(folder)
     except OSError as error:
         raise FileError(f"{path} cannot be deleted: {error.strerror or error}") from error
     return num_bytes
@@ -316,8 +316,11 @@ def _making(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(final: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of one model's name; the system releases it when the process ends."""
+def _locked(final: Path, progress: Progress | None) -> Iterator[None]:
+    """Hold the lock of one model's name; the system releases it when the process ends.
+
+    progress: is told if another process has the lock, and waited for; None: that is a FileError.
+    """
     path = final.with_name(f".{final.name}.lock")
     file = _lock(path, progress)
     try:
@@ -329,7 +332,7 @@ def _locked(final: Path, progress: Progress) -> Iterator[None]:
             file.close()
 
 
-def _lock(path: Path, progress: Progress) -> IO[str] | None:
+def _lock(path: Path, progress: Progress | None) -> IO[str] | None:
     """The lock's file, open and locked; None where the system is no Unix, and has no such locks."""
     try:
         import fcntl
@@ -340,11 +343,16 @@ def _lock(path: Path, progress: Progress) -> IO[str] | None:
             file = path.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress.message(f"another octavo is fetching {path.name[1:-5]}; waiting for it")
+        except BlockingIOError as error:
+            another = f"another octavo is fetching {path.name[1:-5]}"
+            if progress is None:
+                file.close()
+                raise FileError(f"{another}: stop it first, or wait for its end") from error
+            progress.message(f"{another}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a network file system without locks
-            progress.message("this file system has no locks: do not pull the same model twice")
+            if progress is not None:
+                progress.message("this file system has no locks: do not pull the same model twice")
             return file
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
