@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,8 @@ class AsyncLLM:
 
         load = partial(load_model, model, config=config, on_load=watch, adapters=adapters)
         self._engine = EngineThread(partial(load, **options))
+        # Not the loop's own: threads of that may wait for answers.
+        self._readers = ThreadPoolExecutor(4, "octavo-read")
         self._numbers = itertools.count()
         self._model: LoadedModel | None = None
 
@@ -63,6 +66,7 @@ class AsyncLLM:
 
     async def stop(self) -> None:
         """End the engine's thread after the step that it is in; open requests get an error."""
+        self._readers.shutdown(wait=False)
         await self._engine.stop()
 
     async def __aenter__(self) -> AsyncLLM:
@@ -121,7 +125,8 @@ class AsyncLLM:
             model.engine.check_request(encoded.token_ids, params)
             return encoded
 
-        encoded = await asyncio.to_thread(read)
+        loop = asyncio.get_running_loop()
+        encoded = await loop.run_in_executor(self._readers, read)
         return self._engine.submit(EngineRequest(name, encoded, params, **options))
 
     def _loaded(self) -> LoadedModel:

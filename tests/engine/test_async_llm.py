@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,23 @@ def test_prompts_are_read_beside_the_event_loop_and_numbered_as_they_were_asked(
     numbers = [output.request_id for output in asyncio.run(ask())]
     assert numbers == [f"request-{number}" for number in range(1, 5)]
     assert len(threads) > 2 * len(PROMPTS) and threading.current_thread().name not in threads
+
+
+def test_threads_of_the_loops_own_pool_may_ask_and_wait(llm: LLM) -> None:
+    async def ask() -> list[str]:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(2))
+        async with AsyncLLM() as asked:
+
+            def from_thread(prompt: str) -> str:
+                answer = asyncio.run_coroutine_threadsafe(asked.generate(prompt, PARAMS), loop)
+                return answer.result(timeout=20).text
+
+            waiting = [asyncio.to_thread(from_thread, prompt) for prompt in "ABCDEFG"]
+            return await asyncio.gather(*waiting)
+
+    texts = [each.text for each in llm.generate(list("ABCDEFG"), PARAMS, progress=False)]
+    assert asyncio.run(ask()) == texts
 
 
 def test_a_second_request_of_one_id_is_told_and_the_first_goes_on(llm: LLM) -> None:

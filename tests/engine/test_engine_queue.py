@@ -73,38 +73,50 @@ def test_an_empty_queue_takes_even_a_long_prompt() -> None:
     assert "long" in run_to_end(engine)
 
 
+def admit(limits: AdmissionLimits, name: str, num_tokens: int) -> None:
+    limits.admit(name, num_tokens, whole_id(name))
+
+
 def test_parts_of_one_request_are_admitted_as_one() -> None:
     limits = AdmissionLimits(max_requests=2, max_tokens=9)
     for index in range(5):
-        limits.admit(part_id("a", index), 3 + index)
+        admit(limits, part_id("a", index), 3 + index)
     assert (limits.num_requests, limits.num_tokens) == (5, 25)
     for name in ("b", part_id("b", 0), part_id("b", 1)):
         with pytest.raises(QueueFullError):
-            limits.admit(name, 1)
+            admit(limits, name, 1)
     limits.remove(part_id("a", 0))  # it has started: its brothers may still come
-    limits.admit(part_id("a", 5), 2)
+    admit(limits, part_id("a", 5), 2)
     for index in range(1, 6):
         limits.remove(part_id("a", index))
-    limits.admit("c", 4)
+    admit(limits, "c", 4)
     with pytest.raises(QueueFullError):  # c waited before it
-        limits.admit(part_id("d", 0), 6)
-    limits.admit(part_id("d", 0), 5)
-    limits.admit(part_id("d", 1), 6)
+        admit(limits, part_id("d", 0), 6)
+    admit(limits, part_id("d", 0), 5)
+    admit(limits, part_id("d", 1), 6)
     with pytest.raises(QueueFullError):  # by now it stands behind another
-        limits.admit(part_id("a", 6), 1)
+        admit(limits, part_id("a", 6), 1)
     assert (limits.num_requests, limits.num_tokens) == (3, 15)
     assert [whole_id(name) for name in (part_id("d", 11), "d-1", "d")] == ["d", "", ""]
+
+
+def test_a_name_alone_makes_no_part() -> None:
+    engine = fake_engine(max_waiting_requests=2)
+    for index in range(2):
+        engine.add_request(f"job#{index}", [1, 2], PARAMS)
+    with pytest.raises(QueueFullError):
+        engine.add_request("job#2", [1, 2], PARAMS)
 
 
 @pytest.mark.parametrize("name", ["a", "a-0", part_id("a", 0)])
 def test_a_name_that_comes_again_is_admitted_anew(name: str) -> None:
     limits = AdmissionLimits(max_requests=2)
-    limits.admit(name, 4)
+    admit(limits, name, 4)
     limits.remove(name)
     for other in ("b", "c"):
-        limits.admit(other, 5)
+        admit(limits, other, 5)
     with pytest.raises(QueueFullError):
-        limits.admit(name, 4)
+        admit(limits, name, 4)
 
 
 @pytest.mark.parametrize("stream", [False, True])

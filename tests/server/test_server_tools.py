@@ -53,7 +53,8 @@ CASES: list[tuple[ToolFormat, str, str, list[tuple[str, Any]]]] = [
     ("llama3_json", '{"answer": 42}', '{"answer": 42}', []),
     ("llama3_json", '{"name": "Alice", "age": 30}', '{"name": "Alice", "age": 30}', []),
     ("llama3_json", '{"name": "now"}', "", [("now", {})]),
-    ("hermes", '<tool_call>{"name": "f", "x": 1}', '<tool_call>{"name": "f", "x": 1}', []),
+    ("llama3_json", '{"type": "function", "name": "now"}', "", [("now", {})]),
+    ("hermes", '<tool_call>{"name": "f", "x": 1}', "", [("f", {})]),
     *(
         ("llama3_json", text, text, [])
         for number in ("NaN", "-Infinity", "1e999")

@@ -44,17 +44,16 @@ class AdmissionLimits:
         """Requests that have not started."""
         return len(self._tokens)
 
-    def admit(self, request_id: str, num_tokens: int) -> None:
+    def admit(self, request_id: str, num_tokens: int, part_of: str = "") -> None:
         """Count a request of so many prompt tokens, or raise a QueueFullError.
 
         When no request waits, any is accepted, even one longer than max_tokens: otherwise it never
-        could be. Of a request in several parts (`part_id`), which come one after another, the
-        first decides for all: it is not refused for what it brings itself.
+        could be. part_of: a request whose parts come one after another. The first of them decides
+        for all, so that it is not refused for what it brings itself.
         """
-        whole = whole_id(request_id)
-        if not whole or whole != self._last_whole:
+        if not part_of or part_of != self._last_whole:
             self._check(num_tokens)
-        self._last_whole = whole
+        self._last_whole = part_of
         self._tokens[request_id] = num_tokens
         self.num_tokens += num_tokens
 

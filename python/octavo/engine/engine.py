@@ -162,6 +162,7 @@ class Engine(Endings):
         cache_salt: str | None = None,
         adapter: str | None = None,
         search: Search | None = None,
+        part_of: str = "",
     ) -> None:
         """Queue a request; its answers come out of `step`.
 
@@ -171,10 +172,11 @@ class Engine(Endings):
         cached keys and values, so a client cannot find out by timing what others have asked.
         adapter: the name of a LoRA adapter in `adapters`, which may raise an AdapterNotFoundError,
         an AdaptersInUseError, or what reading it raises. search: chooses the tokens of several
-        beams, whose final texts are the answers; params then say only where they end.
+        beams, whose final texts are the answers; params then say only where they end. part_of: see
+        `AdmissionLimits.admit`.
         Raises InvalidArgumentError for a request that cannot be answered, QueueFullError when too
-        many wait already (see `AdmissionLimits.admit`); both change nothing. This, `step` and
-        `abort` raise the errors of `EngineGuard`.
+        many wait already; both change nothing. This, `step` and `abort` raise the errors of
+        `EngineGuard`.
         """
         if request_id in self._requests:
             raise InvalidArgumentError(f"request {request_id!r} is already running: name it anew")
@@ -187,7 +189,7 @@ class Engine(Endings):
         now = self._clock()
         loan = self.adapters.acquire(adapter)
         try:
-            self._admission.admit(request_id, len(prompt_token_ids))
+            self._admission.admit(request_id, len(prompt_token_ids), part_of)
         except QueueFullError as error:
             self.adapters.release(loan)
             self.events.record(refusal(request_id, len(prompt_token_ids), error, now))

@@ -156,7 +156,8 @@ class SchemaReader:
         elif key in ("exclusiveMinimum", "exclusiveMaximum"):
             _read_exclusive(found, place.value, key)
         elif key in ("minimum", "maximum"):
-            limit = _inward(item, key)
+            is_int64 = item == 2**63 - 1 and place.value.get("type") == "integer"
+            limit = item if is_int64 else _inward(item, key)  # llguidance takes it as it is meant
             if key in found and isinstance(limit, (int, float)):  # moved there already
                 limit = (max if key == "minimum" else min)(limit, found[key])
             found[key] = limit

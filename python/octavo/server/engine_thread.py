@@ -98,7 +98,7 @@ class EngineThread:
         """Begin to load; the future is done when the first request can be taken, or failed."""
         self._loop = asyncio.get_running_loop()
         self.loaded = asyncio.wrap_future(self._loading)
-        weakref.finalize(self, _end_loading, self._program_ends, self._has_loaded)
+        weakref.finalize(self, _end_loading, self._program_ends, self._has_loaded, os.getpid())
         self._thread.start()
         return self.loaded
 
@@ -318,6 +318,7 @@ class EngineThread:
                 cache_salt=request.cache_salt,
                 adapter=request.adapter,
                 search=request.search,
+                part_of=request.part_of,
             )
         except OctavoError as error:
             self._outbox.append((stream, error))
@@ -352,13 +353,15 @@ class EngineThread:
                 self._loop.call_soon_threadsafe(function)
 
 
-def _end_loading(program_ends: threading.Event, has_loaded: threading.Event) -> None:
+def _end_loading(program_ends: threading.Event, has_loaded: threading.Event, pid: int) -> None:
     """At the program's end: wait for a thread that loads, which must not be in the core then.
 
-    `EngineGuard` says why, and does the same for one that steps.
+    `EngineGuard` says why, and does the same for one that steps. pid: the process that loads.
     """
     program_ends.set()
-    has_loaded.wait(EXIT_SECONDS)
+    if os.getpid() == pid and not has_loaded.wait(1.0):
+        _log.warning("the program ends while a model is loaded: waiting for %d s", EXIT_SECONDS)
+        has_loaded.wait(EXIT_SECONDS)
 
 
 class _Recorder:

@@ -24,6 +24,7 @@ from octavo.server.protocol import (
 )
 from octavo.server.structured import (
     call_grammar,
+    demands_json,
     forced_tools,
     structured_field,
     structured_outputs,
@@ -100,7 +101,7 @@ def _answer_tools(body: ChatFields, tool_format: ToolFormat | None) -> ToolForma
     """
     if not body.tools or (isinstance(body, ChatBody) and body.tool_choice == "none"):
         return None
-    is_schema = isinstance(body, ChatBody) and forced_tools(body) is None and structured_field(body)
+    is_schema = isinstance(body, ChatBody) and forced_tools(body) is None and demands_json(body)
     return None if is_schema else tool_format
 
 

@@ -170,7 +170,10 @@ class CompletionBody(SamplingBody):
         str
         | TokenIds
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(fail_fast=True)]],
+            Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+        ]
     )
     add_special_tokens: bool = True
     echo: bool | None = None

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from octavo.engine.admission import whole_id
 from octavo.errors import (
     AdaptersInUseError,
     EngineStepError,
@@ -186,6 +187,7 @@ class Service:
                 self.adapter_of(body.model),
                 is_servers_limit=limit <= own,
                 search=search,
+                part_of=whole_id(request_id),
             )
         )
         if self.metrics is not None:

@@ -40,6 +40,7 @@ class EngineRequest:
     adapter: str | None = None
     is_servers_limit: bool = False
     search: Search | None = None
+    part_of: str = ""
 
 
 class ResultStream:

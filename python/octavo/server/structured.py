@@ -47,6 +47,11 @@ def structured_field(body: SamplingBody) -> str | None:
     return next(iter(_asked(body)), None)
 
 
+def demands_json(body: SamplingBody) -> bool:
+    """Whether the text is to be JSON of a schema."""
+    return any(wanted.get("json") is not None for wanted in _asked(body).values())
+
+
 def _asked(body: SamplingBody) -> dict[str, Any]:
     """The fields that constrain the text, each with the fields of a StructuredOutputs."""
     found: dict[str, Any] = {}

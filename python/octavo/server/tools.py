@@ -237,7 +237,7 @@ def _read_calls(text: str) -> list[Piece]:
     calls: list[Piece] = []
     text = text.strip().removeprefix(_PYTHON).lstrip()
     while text:
-        call, end = _read_call(text)
+        call, end = _read_call(text, is_bare=True)
         if call is None:
             return []
         calls.append(call)
@@ -252,17 +252,18 @@ def _refuse(constant: str) -> None:
 _DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
-def _read_call(text: str) -> tuple[ToolCall | None, int]:
+def _read_call(text: str, *, is_bare: bool = False) -> tuple[ToolCall | None, int]:
     """The call that `text` begins with, and where it ends.
 
-    An object with a name but without arguments is a call only where it has nothing else.
+    is_bare: no tags say that it is a call; an object with a name and no arguments, but something
+    else, is none.
     """
     try:
         content, end = _DECODER.raw_decode(text)
         if not isinstance(content, dict) or not isinstance(content.get("name"), str):
             return None, 0
         key = next((key for key in ("arguments", "parameters") if key in content), None)
-        if key is None and len(content) > 1:
+        if is_bare and key is None and content.keys() - {"name", "type", "id"}:
             return None, 0
         arguments = {} if key is None else content[key]
         if not isinstance(arguments, str):
