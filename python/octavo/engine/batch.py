@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.engine.block_manager import NO_BLOCK, BlockManager
+from octavo.engine.block_manager import NO_BLOCK, BlockCopy, BlockManager
 from octavo.engine.request import Sequence
-from octavo.engine.schedule import Schedule, ScheduledSequence
+from octavo.engine.schedule import Schedule
 from octavo.reference.sampling import SamplingRows, sampling_rows
 
 Int32 = NDArray[np.int32]
@@ -30,6 +31,12 @@ class BatchArrays(NamedTuple):
     sampling: SamplingRows
     adapter_ids: Int32 | None  # None: no sequence has an adapter
     rope_sets: Int32 | None  # None: all have the first one
+
+
+def copy_blocks(runtime: Any, copies: Iterable[BlockCopy]) -> None:
+    """Copy in the order given, across KV groups: one block may be copied to for two of them."""
+    for group, of_group in groupby(copies, lambda copy: copy.group):
+        runtime.copy_blocks(group, np.array([pair for _, *pair in of_group], np.int32))
 
 
 def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> BatchArrays:
@@ -69,8 +76,8 @@ def build_batch(schedule: Schedule, blocks: BlockManager, vocab_size: int) -> Ba
         block_tables=pack_block_tables([e.branch or e.sequence.key for e in entries], blocks),
         logit_rows=np.array(logit_rows, np.int32),
         sampling=pack_sampling(schedule.row_sequences, state_rows, vocab_size),
-        adapter_ids=_pack_adapters(entries),
-        rope_sets=_pack_rope_sets(entries),
+        adapter_ids=pack_unless_all(-1, [entry.sequence.adapter.slot for entry in entries]),
+        rope_sets=pack_unless_all(0, [entry.sequence.rope_set for entry in entries]),
     )
 
 
@@ -113,14 +120,9 @@ def _temperature(value: float) -> float:
     return min(value, _HUGE) if value >= 1e-30 else 0.0
 
 
-def _pack_adapters(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
-    slots = [entry.sequence.adapter.slot for entry in entries]
-    return np.array(slots, np.int32) if max(slots) >= 0 else None
-
-
-def _pack_rope_sets(entries: tuple[ScheduledSequence, ...]) -> Int32 | None:
-    sets = [entry.sequence.rope_set for entry in entries]
-    return np.array(sets, np.int32) if any(sets) else None
+def pack_unless_all(usual: int, values: list[int]) -> Int32 | None:
+    """The values; None where all are the usual one, which the core takes without them."""
+    return np.array(values, np.int32) if any([each != usual for each in values]) else None
 
 
 def pack_block_tables(keys: SequenceOf[Hashable], blocks: BlockManager) -> Int32:

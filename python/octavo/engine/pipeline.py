@@ -12,13 +12,12 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
 
 from octavo.engine.adjustments import Float32, LogitAdjustments
-from octavo.engine.batch import Int32, build_batch
+from octavo.engine.batch import Int32, build_batch, copy_blocks
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.prompt_logprobs import RowPlaces, Rows, add_prompt_rows
 from octavo.engine.schedule import Schedule
@@ -112,9 +111,7 @@ class Pipeline:
         """
         step = InFlightStep(schedule, now, is_sampled=sample)
         self._in_flight.append(step)
-        # In their order, across groups too: a block may be copied to for one, and then for another.
-        for group, copies in groupby(schedule.copies, lambda copy: copy.group):
-            self._runtime.copy_blocks(group, np.array([pair for _, *pair in copies], np.int32))
+        copy_blocks(self._runtime, schedule.copies)
         arrays = build_batch(schedule, self._blocks, self._vocab_size)
         if any([scored.num_rows for scored in schedule.scored]):
             arrays, step.places = add_prompt_rows(arrays, schedule)

@@ -19,6 +19,8 @@ from octavo.engine.constraints import Int32, UInt32, all_allowed
 from octavo.engine.pipeline import Pipeline
 from octavo.engine.schedule import Schedule
 
+NO_TOKEN = "its constraints forbid every token"  # the client's mistake, and not the model's
+
 
 class Steering:
     """Of the unfinished answers those whose logits may be changed."""
@@ -94,7 +96,7 @@ class Steering:
             for constraint in answer.constraints:
                 constraint.forbid(words)
             if not words.any():
-                raise ValueError("its constraints forbid every token")
+                raise ValueError(NO_TOKEN)
         except Exception as error:
             self._give_up(answer, error, words)
 

@@ -12,13 +12,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from octavo.engine.outputs import OutputChunk, RequestOutput
+from octavo.engine.steering import NO_TOKEN
 from octavo.errors import OctavoError
 from octavo.server.errors import ApiError, to_api_error
 from octavo.server.formats import DONE, Format, to_json, usage_of
 from octavo.server.protocol import SamplingBody, StreamOptions
 from octavo.server.stream import EngineRequest, ResultStream
 
-_NO_TOKEN = "its constraints forbid every token"  # as engine/steering.py says it
 CLIENT_GONE = 499  # nginx's number for it; never sent, only logged
 
 
@@ -192,7 +192,7 @@ async def _call_on_disconnect(receive: Receive, function: Callable[[], None]) ->
 def _check_result(result: RequestOutput, request: EngineRequest, *, may_be_late: bool) -> None:
     """Raise an ApiError where the request or the model failed, or where the deadline passed."""
     if result.error is not None:
-        if _NO_TOKEN in result.error:  # the client's fault, as the words and grammars are
+        if NO_TOKEN in result.error:  # the client's fault, as the words and grammars are
             advice = "leave out what the others contradict (bad_words, allowed_token_ids, …)"
             raise ApiError(400, f"{result.error}: {advice}", code="no_token_allowed")
         raise ApiError(500, result.error, code="model_error")

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from octavo.draft_tree import Ranks
-from octavo.engine.batch import pack_block_tables, pack_sampling
-from octavo.engine.block_manager import NO_PREFIX, BlockCopy, BlockManager
+from octavo.engine.batch import copy_blocks, pack_block_tables, pack_sampling, pack_unless_all
+from octavo.engine.block_manager import NO_PREFIX, BlockManager
 from octavo.engine.branches import num_shared
 from octavo.engine.request import Sequence
 from octavo.engine.schedule import num_agreeing
@@ -160,17 +160,12 @@ class DraftModelSource(DraftSource):
         prefix = prefix if prefix.num_tokens else NO_PREFIX
         if self.blocks.num_blocks_needed(num_tokens, prefix) > self.blocks.num_free_blocks:
             return None
-        self._copy(self.blocks.start(sequence, num_tokens, prefix))
+        copy_blocks(self.loaded.runtime, self.blocks.start(sequence, num_tokens, prefix))
         self.num_cached_tokens += prefix.num_tokens
         chain = _Chain(sequence, sequence, prefix.num_tokens, rope_set=rope_set)
         chain.num_named = prefix.num_tokens // self.blocks.block_size
         self._chains[sequence] = chain
         return chain
-
-    def _copy(self, copies: SequenceOf[BlockCopy]) -> None:
-        for group in {copy.group for copy in copies}:
-            pairs = [(c.source, c.destination) for c in copies if c.group == group]
-            self.loaded.runtime.copy_blocks(group, np.array(pairs, np.int32))
 
     def _begin_children(self, chain: _Chain) -> list[_Chain]:
         """The chains that leave this one after the drafts that it has so far."""
@@ -186,7 +181,7 @@ class DraftModelSource(DraftSource):
             if len(child.drafted) < len(child.path):
                 copies = self.blocks.branch(chain.key, child.key, num_computed, num_tokens, 0)
                 if copies is not None:
-                    self._copy(copies)
+                    copy_blocks(self.loaded.runtime, copies)
                     child.num_tokens, child.drafts = chain.num_tokens, list(chain.drafts)
                     child.todo = child.drafted[-1:]
             begun.append(child)
@@ -211,7 +206,6 @@ class DraftModelSource(DraftSource):
         rows = pack_sampling(sequences, [-1] * len(drawn), self._vocab_size)
         rows["num_logprobs"] = [_num_guesses(parts[i][0]) for i in drawn]
         lengths = [chain.num_tokens + len(chain.drafts) + len(tokens) for chain, tokens in parts]
-        sets = [chain.rope_set for chain, _ in parts]
         batch = self._make_batch(
             token_ids=np.concatenate([np.array(tokens, np.int32) for _, tokens in parts]),
             row_starts=starts,
@@ -220,7 +214,7 @@ class DraftModelSource(DraftSource):
             logit_rows=np.array([starts[i + 1] - 1 for i in drawn], np.int32),
             sampling=rows,
             adapter_ids=None,
-            rope_sets=np.array(sets, np.int32) if any(sets) else None,
+            rope_sets=pack_unless_all(0, [chain.rope_set for chain, _ in parts]),
         )
         output = self.loaded.runtime.wait(self.loaded.runtime.submit(batch, sample=True))
         self.num_batches += 1
