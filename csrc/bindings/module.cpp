@@ -151,6 +151,7 @@ nb::dict build_info() {
   info["cuda_runtime"] = device.runtime;
   info["cuda_driver"] = device.driver;
   info["products"] = device.products;
+  info["collectives"] = device.collectives;
   info["isas"] = cpu::compiled_isas();
   info["isa"] = cpu::available_isas().back();
   info["physical_cores"] = cpu::physical_cores();

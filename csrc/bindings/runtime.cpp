@@ -1,9 +1,11 @@
 #include "core/runtime.h"
 
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
 
 #include "bindings/bindings.h"
+#include "core/rank_group.h"
 
 namespace octavo::bindings {
 
@@ -204,11 +206,23 @@ void bind_runtime(nb::module_& module) {
       .def_ro("states", &StepOutput::states)
       .def_ro("taps", &StepOutput::taps);
 
-  nb::class_<Runtime>(module, "Runtime")
-      .def(nb::new_([](const std::string& device, nb::handle spec, nb::handle options) {
-             return make_with_threads<Runtime>(device, model_spec(spec), runtime_options(options));
+  nb::class_<RankGroup>(module, "RankGroup")
+      .def(nb::new_([](int file, std::int64_t rank, std::int64_t size) {
+             return std::make_shared<RankGroup>(file, rank, size);
            }),
-           nb::arg("device"), nb::arg("spec"), nb::arg("options"))
+           nb::arg("file"), nb::arg("rank"), nb::arg("size"))
+      .def_static("memory_bytes", &RankGroup::memory_bytes, nb::arg("size"))
+      .def("abort", &RankGroup::abort, nb::arg("why"));
+
+  nb::class_<Runtime>(module, "Runtime")
+      .def(nb::new_([](const std::string& device, nb::handle spec, nb::handle options,
+                       std::shared_ptr<RankGroup> group) {
+             const ModelSpec model = model_spec(spec);
+             const RuntimeOptions how = runtime_options(options);
+             nb::gil_scoped_release released;  // with several ranks it may wait for the others
+             return make_with_threads<Runtime>(device, model, how, group);
+           }),
+           nb::arg("device"), nb::arg("spec"), nb::arg("options"), nb::arg("group") = nb::none())
       .def("load", &load, nb::arg("name"), nb::arg("array").noconvert(), nb::arg("dtype"),
            nb::arg("first_row") = nb::none())
       .def("load_adapter", &load_adapter, nb::arg("slot"), nb::arg("matrices"))

@@ -110,6 +110,8 @@ ModelSpec model_spec(nb::handle spec) {
   model.logits_multiplier = field<float>(spec, "logits_multiplier");
   model.logits_softcap = field<float>(spec, "logits_softcap");
   model.rope_switch = field<std::int64_t>(spec, "rope_switch");
+  model.head_part = field<std::int64_t>(spec, "head_part");
+  model.head_parts = field<std::int64_t>(spec, "head_parts");
   return model;
 }
 
@@ -161,8 +163,6 @@ RuntimeOptions runtime_options(nb::handle options) {
   result.device_index = field<int>(options, "device_index");
   result.rank = field<std::int64_t>(options, "rank");
   result.world_size = field<std::int64_t>(options, "world_size");
-  result.first_layer = field<std::int64_t>(options, "first_layer");
-  result.last_layer = field<std::optional<std::int64_t>>(options, "last_layer");
   return result;
 }
 

@@ -25,7 +25,7 @@ Adapters::Adapters(Backend& backend, const ModelSpec& spec, const RuntimeOptions
     add("down", Part::down, 0, hidden, mlp);
   }
   places_["embed"] = {stacks_.size() - 2, 0, hidden, spec.vocab_size, true};
-  places_["lm_head"] = {stacks_.size() - 1, 0, spec.vocab_size, hidden, false};
+  places_["lm_head"] = {stacks_.size() - 1, 0, spec.vocab_size / spec.head_parts, hidden, false};
 }
 
 void Adapters::check(const HostLowRank& matrix) const {

@@ -26,6 +26,7 @@
 namespace octavo {
 
 class Backend;
+class RankGroup;      // core/rank_group.h
 struct LayerWeights;  // core/weights.h
 
 enum class MemoryKind : std::uint8_t { device, host };
@@ -391,6 +392,7 @@ struct BackendOptions {
   bool deterministic = false;  // CUDA: products by kernels whose sums do not depend on the batch
   bool graphs = true;          // CUDA: record steps and replay them
   int device_index = 0;        // CUDA: which GPU; the CPU is one device, 0
+  std::shared_ptr<RankGroup> group;  // the ranks of the model; null: one
 };
 
 // The devices that this build can run a model on, on this machine; slowest first.

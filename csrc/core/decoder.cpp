@@ -84,9 +84,11 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits,
     pending = hidden;
   }
   const NormedInput input{residual, pending, weights_.final_norm};
+  const std::int64_t own_cols = logits.cols / spec_.head_parts;
+  const View own_logits = logits.columns(spec_.head_part * own_cols, own_cols);
   const bool is_kept = normed.keep_rows || normed.tokens.data;
   const bool is_fused = is_plain && !is_kept && step.rows_are_tokens() &&
-                        backend_.normed_linear(logits, input, weights_.head());
+                        backend_.normed_linear(own_logits, input, weights_.head());
   if (!is_fused) {
     View all = hidden;
     if (normed.tokens.data)
@@ -102,9 +104,10 @@ void Decoder::forward(const Step& step, std::vector<KvLayer>& kv, View logits,
       backend_.take_rows(last, all, step.logit_rows);
     }
     tap(taps, last, "final_norm");
-    backend_.linear(logits, last, weights_.head());
-    if (step.adapters) backend_.add_low_rank(logits, last, adapters_.head(), step.row_adapters);
+    backend_.linear(own_logits, last, weights_.head());
+    if (step.adapters) backend_.add_low_rank(own_logits, last, adapters_.head(), step.row_adapters);
   }
+  if (spec_.head_parts > 1) backend_.all_gather(logits);
   if (spec_.logits_multiplier != 1.0f || spec_.logits_softcap != 0.0f)
     backend_.scale(logits, spec_.logits_multiplier, spec_.logits_softcap);
   tap(taps, logits, "logits");

@@ -7,7 +7,7 @@
 
 namespace octavo {
 
-std::unique_ptr<Backend> make_cpu_backend(int num_threads, const std::string& isa);
+std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);
 
 std::vector<std::string> available_devices() {
   std::vector<std::string> devices{"cpu"};
@@ -23,7 +23,7 @@ std::unique_ptr<Backend> make_backend(const std::string& device, const BackendOp
   require(0 <= options.device_index && options.device_index < count, "device_index is ",
           options.device_index, "; expected 0 to ", count - 1, ", the \"", device,
           "\" devices of this machine");
-  if (device == "cpu") return make_cpu_backend(options.num_threads, options.isa);
+  if (device == "cpu") return make_cpu_backend(options);
   if (device == "cuda") return cuda::make_backend(options);
 #ifdef OCTAVO_EMULATE_CUDA
   if (device == "cuda_emulated") return cuda::make_emulated_backend(options);

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/rank_group.h"
+
 namespace octavo {
 
 namespace {
@@ -75,15 +77,6 @@ void check_options(const RuntimeOptions& options, const ModelSpec& spec) {
   check_factors({{"embed_multiplier", spec.embed_multiplier},
                  {"logits_multiplier", spec.logits_multiplier},
                  {"logits_softcap", spec.logits_softcap}});
-  require(options.world_size == 1, "world_size is ", options.world_size,
-          "; expected 1: a model is not yet split over several devices");
-  require(options.rank == 0, "rank is ", options.rank, "; expected 0 to world_size - 1 = 0");
-  const auto last = static_cast<std::int64_t>(spec.layers.size()) - 1;
-  require(options.first_layer == 0, "first_layer is ", options.first_layer,
-          "; expected 0: a part of the layers is not yet run by itself");
-  require(options.last_layer.value_or(last) == last, "last_layer is ",
-          options.last_layer.value_or(last), "; expected none or the model's last, ", last,
-          ": a part of the layers is not yet run by itself");
 }
 
 // The format of the KV cache.
@@ -94,8 +87,10 @@ DType kv_dtype(const std::string& given) {
 }
 
 std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec& spec,
-                                     const RuntimeOptions& options) {
+                                     const RuntimeOptions& options,
+                                     std::shared_ptr<RankGroup> group) {
   check_options(options, spec);
+  check_ranks(spec, options, group.get());
   require(options.dtype == "f32" || options.dtype == "bf16" || options.dtype == "f16",
           "dtype is \"", options.dtype, "\"; expected f32, bf16 or f16");
   BackendOptions how;
@@ -105,6 +100,7 @@ std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec&
   how.dtype = parse_dtype(options.dtype, "dtype");
   how.deterministic = options.deterministic;
   how.graphs = options.graphs;
+  how.group = std::move(group);
   std::unique_ptr<Backend> backend = make_backend(device, how);
   std::string problems;
   for (const std::string& problem : backend->unsupported(spec, options))
@@ -116,11 +112,12 @@ std::unique_ptr<Backend> backend_for(const std::string& device, const ModelSpec&
 
 }  // namespace
 
-Runtime::Runtime(const std::string& device, const ModelSpec& spec, const RuntimeOptions& options)
+Runtime::Runtime(const std::string& device, const ModelSpec& spec, const RuntimeOptions& options,
+                 std::shared_ptr<RankGroup> group)
     : spec_(spec),
       options_(options),
       kv_dtype_(kv_dtype(options.kv_dtype)),
-      backend_(backend_for(device, spec_, options_)),
+      backend_(backend_for(device, spec_, options_, std::move(group))),
       weights_(*backend_, spec_, options_),
       adapters_(*backend_, spec_, options_),
       decoder_(*backend_, spec_, weights_, adapters_, options.max_num_batched_tokens),

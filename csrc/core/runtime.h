@@ -1,4 +1,4 @@
-// One model on one device: the model-level interface that Python drives.
+// One model, or a rank's part of one, on one device: the model-level interface that Python drives.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,9 @@ struct MemoryUse {
 
 class Runtime {
  public:
-  Runtime(const std::string& device, const ModelSpec& spec, const RuntimeOptions& options);
+  // group: of the ranks of a model of which `spec` is a part; with one rank null.
+  Runtime(const std::string& device, const ModelSpec& spec, const RuntimeOptions& options,
+          std::shared_ptr<RankGroup> group = nullptr);
   ~Runtime();
 
   // As Weights::load.

@@ -119,6 +119,8 @@ struct ModelSpec {
   float logits_multiplier = 1.0f;
   float logits_softcap = 0.0f;
   std::int64_t rope_switch = 0;  // longer sequences turn by long_frequencies; 0: none
+  // Of a part of a model (RuntimeOptions::world_size): which of how many parts of the head it has.
+  std::int64_t head_part = 0, head_parts = 1;
 
   // Of each KV group: its layers' widest window; 0: no limit.
   std::vector<std::int64_t> kv_windows() const {
@@ -147,11 +149,8 @@ struct RuntimeOptions {
   bool deterministic = false;
   bool graphs = true;
   int device_index = 0;  // which of the machine's devices of that name
-  // A model split over several devices: by columns and rows of its matrices (world_size ranks), or
-  // by layers. Declared; `Runtime` refuses all but one rank with all layers.
+  // Which of how many ranks this is, each with a part of every matrix (core/rank_group.h).
   std::int64_t rank = 0, world_size = 1;
-  std::int64_t first_layer = 0;
-  std::optional<std::int64_t> last_layer;  // none: the model's last
 };
 
 // Cosines and sines, (rows, frequencies) each. The rows are the positions before `positions`. With

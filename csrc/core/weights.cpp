@@ -56,7 +56,8 @@ Weights::Weights(Backend& backend, const ModelSpec& spec, const RuntimeOptions& 
     if (layer.rope) weights.rope = add_rope(layer, options.max_model_len, spec.rope_switch);
   }
   final_norm = add_norm({"final_norm", hidden}, spec.final_norm);
-  if (!spec.tie_word_embeddings) add_matrix(lm_head_, {{"lm_head", spec.vocab_size}}, hidden);
+  const std::int64_t head_rows = spec.vocab_size / spec.head_parts;
+  if (!spec.tie_word_embeddings) add_matrix(lm_head_, {{"lm_head", head_rows}}, hidden);
 }
 
 WeightFormat Weights::format_of(const std::string& name) const {

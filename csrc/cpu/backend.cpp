@@ -9,8 +9,9 @@
 
 namespace octavo::cpu {
 
-CpuBackend::CpuBackend(int num_threads, const std::string& isa)
-    : pool_(num_threads > 0 ? num_threads : physical_cores()),
+CpuBackend::CpuBackend(int num_threads, const std::string& isa, std::shared_ptr<RankGroup> group)
+    : group_(std::move(group)),
+      pool_(num_threads > 0 ? num_threads : physical_cores()),
       kernels_(kernels_for(isa)),
       sampling_scratch_(static_cast<std::size_t>(pool_.size())) {}
 
@@ -86,8 +87,8 @@ void CpuBackend::take_rows(View out, View x, const std::int32_t* rows) {
 
 namespace octavo {
 
-std::unique_ptr<Backend> make_cpu_backend(int num_threads, const std::string& isa) {
-  return std::make_unique<cpu::CpuBackend>(num_threads, isa);
+std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options) {
+  return std::make_unique<cpu::CpuBackend>(options.num_threads, options.isa, options.group);
 }
 
 }  // namespace octavo

@@ -14,7 +14,7 @@ constexpr std::int64_t kAttentionSplit = 512;
 
 class CpuBackend : public Backend {
  public:
-  CpuBackend(int num_threads, const std::string& isa);
+  CpuBackend(int num_threads, const std::string& isa, std::shared_ptr<RankGroup> group = nullptr);
 
   void attach_thread() override { pool_.bind_caller(); }
   void* allocate(std::size_t bytes) override;
@@ -61,6 +61,8 @@ class CpuBackend : public Backend {
   void sample(const Samples& out, View logits, const std::int32_t* masks,
               const Step& step) override;
   void log_softmax(View out, View logits) override;
+  void all_reduce(View x) override;
+  void all_gather(View x) override;
   void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) override;
 
   void run(const StepKey&, const std::function<void()>& record) override {
@@ -164,6 +166,7 @@ class CpuBackend : public Backend {
   };
   std::vector<ProductPiece> pieces_;  // of multiply_all
 
+  std::shared_ptr<RankGroup> group_;  // null: one rank
   ThreadPool pool_;
   const Kernels& kernels_;
   std::vector<SamplingScratch> sampling_scratch_;  // of each thread

@@ -16,8 +16,9 @@ def build_info() -> dict[str, Any]:
     compiler, isas (compiled), isa (what "auto" takes here), physical_cores; cuda: whether the
     build has CUDA's runtime; num_devices: CUDA devices of this machine; device_name: of the
     first; cuda_runtime, cuda_driver: versions of CUDA, of the build and of the driver; products:
-    whose kernels multiply many rows ("cuBLASLt 13.0.2", or octavo's own); cuda_emulated: whether
-    the build has the device "cuda_emulated", for tests.
+    whose kernels multiply many rows ("cuBLASLt 13.0.2", or octavo's own); collectives: what adds
+    up the results of several GPUs ("NCCL 2.28.3", or none); cuda_emulated: whether the build has
+    the device "cuda_emulated", for tests.
     """
 
 def available_devices() -> list[str]:
@@ -158,16 +159,35 @@ class StepOutput:
     def taps(self) -> dict[str, Float32]:
         """(num_tokens, width) a tap; for "final_norm" and "logits" (num_rows, width)."""
 
+class RankGroup:
+    """The ranks of one model: processes of this machine that exchange results in shared memory.
+
+    `octavo.runtime.ranks` makes them. They make the same calls of `Runtime` in the same order.
+    """
+
+    def __init__(self, file: int, rank: int, size: int) -> None:
+        """file: a descriptor of memory_bytes(size) bytes of zeros, the same memory in all ranks."""
+
+    @staticmethod
+    def memory_bytes(size: int) -> int: ...
+    def abort(self, why: str) -> None:
+        """From any thread of any rank: ranks that wait for others get a RuntimeError, `why`."""
+
 class Runtime:
-    """One model on one device: weights, KV cache, and the step.
+    """One model, or a rank's part of one, on one device: weights, KV cache, and the step.
 
     Every call may raise ValueError (the message names the argument), MemoryError, or RuntimeError,
     which a process forked after this was made gets always: it has no threads to compute with. Not
     thread-safe.
     """
 
-    def __init__(self, device: str, spec: Any, options: Any) -> None:
-        """device: "cpu" or "cuda"; spec: octavo.models.spec.ModelSpec; options: RuntimeOptions."""
+    def __init__(
+        self, device: str, spec: Any, options: Any, group: RankGroup | None = None
+    ) -> None:
+        """device: "cpu" or "cuda"; spec: octavo.models.spec.ModelSpec; options: RuntimeOptions.
+
+        group: the ranks of the model, of which `spec` is a part (`octavo.models.shards`).
+        """
 
     def load(
         self, name: str, array: NDArray[Any], dtype: str, first_row: int | None = None

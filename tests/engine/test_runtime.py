@@ -277,10 +277,8 @@ def test_weights_are_checked_by_name_shape_and_presence() -> None:
         ("cpu", "num_threads", -1, "num_threads is -1"),
         ("cpu", "device_index", 1, "device_index is 1; expected 0 to 0"),
         ("cuda_emulated", "device_index", -1, "device_index is -1"),
-        ("cpu", "world_size", 2, "world_size is 2; expected 1"),
-        ("cpu", "rank", 1, "rank is 1; expected 0"),
-        ("cpu", "first_layer", 1, "first_layer is 1; expected 0"),
-        ("cpu", "last_layer", 0, "last_layer is 0; expected none or the model's last, 1"),
+        ("cpu", "world_size", 2, "world_size is 2 and rank 0; expected 1 and 0"),
+        ("cpu", "rank", 1, "world_size is 1 and rank 1; expected 1 and 0"),
     ],
 )
 def test_wrong_options_are_refused(device: str, field: str, value: Any, message: str) -> None:

@@ -1,13 +1,14 @@
-// A model split over two ranks, which exchange their results in memory, gives the whole model's
-// numbers. `Runtime` refuses more than one rank: these are the parts beneath it.
+// A model split over ranks, which exchange their results in memory, gives the whole model's
+// numbers.
 
-#include <chrono>
-#include <condition_variable>
+#include <unistd.h>
+
+#include <cstdio>
 #include <future>
 #include <limits>
-#include <mutex>
 
 #include "core/decoder.h"
+#include "core/rank_group.h"
 #include "cpu/backend.h"
 #include "model.h"
 
@@ -15,76 +16,45 @@ namespace octavo::tests {
 
 namespace {
 
-// Where ranks meet: each brings a matrix, then all see the matrices of all.
-class Group {
+// Memory that ranks share; here they are threads.
+class SharedMemory {
  public:
-  explicit Group(std::size_t size) : views_(size) {}
+  explicit SharedMemory(std::int64_t size) : file_(std::tmpfile()), size_(size) {
+    CHECK(file_ &&
+          ftruncate(fileno(file_), static_cast<off_t>(RankGroup::memory_bytes(size))) == 0);
+  }
+  ~SharedMemory() { std::fclose(file_); }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
 
-  std::int64_t size() const { return static_cast<std::int64_t>(views_.size()); }
-
-  // use(views): called in every rank; what it reads stays until all are back from it.
-  template <class Use>
-  void meet(std::int64_t rank, View view, Use&& use) {
-    views_[static_cast<std::size_t>(rank)] = view;
-    wait_for_all();
-    use(views_);
-    wait_for_all();
+  std::shared_ptr<RankGroup> group(std::int64_t rank) const {
+    return std::make_shared<RankGroup>(fileno(file_), rank, size_);
   }
 
- private:
-  void wait_for_all() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const int round = round_;
-    if (++num_waiting_ == views_.size()) {
-      num_waiting_ = 0;
-      ++round_;
-      changed_.notify_all();
-    } else if (!changed_.wait_for(lock, std::chrono::seconds(60),
-                                  [&] { return round_ != round; })) {
-      fail("a rank did not come to an exchange");
+  // Calls body(group) in each rank, all at once; returns what came of it, by rank.
+  template <class Body>
+  auto in_all(const Body& body) const {
+    using Result = decltype(body(*group(0)));
+    std::vector<std::future<Result>> running;
+    for (std::int64_t rank = 0; rank < size_; ++rank) {
+      running.push_back(std::async(std::launch::async, [this, &body, rank] {
+        const std::shared_ptr<RankGroup> own = group(rank);
+        try {
+          return body(*own);
+        } catch (const std::exception& error) {
+          own->abort(error.what());
+          throw;
+        }
+      }));
     }
-  }
-
-  std::vector<View> views_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::size_t num_waiting_ = 0;
-  int round_ = 0;
-};
-
-class RankBackend : public cpu::CpuBackend {
- public:
-  RankBackend(Group& group, std::int64_t rank)
-      : CpuBackend(1, "auto"), group_(group), rank_(rank) {}
-
-  void all_reduce(View x) override {
-    std::vector<float> sums(static_cast<std::size_t>(x.rows * x.cols));
-    group_.meet(rank_, x, [&](const std::vector<View>& views) {
-      for (const View& view : views) {
-        for (std::int64_t r = 0; r < x.rows; ++r)
-          for (std::int64_t c = 0; c < x.cols; ++c)
-            sums[static_cast<std::size_t>(r * x.cols + c)] += view.row(r)[c];
-      }
-    });
-    for (std::int64_t r = 0; r < x.rows; ++r)
-      std::copy_n(sums.begin() + r * x.cols, x.cols, x.row(r));
-  }
-
-  void all_gather(View x) override {
-    const std::int64_t width = x.cols / group_.size();
-    group_.meet(rank_, x, [&](const std::vector<View>& views) {
-      for (std::int64_t other = 0; other < group_.size(); ++other) {
-        if (other == rank_) continue;  // the other ranks are reading these columns
-        const View& view = views[static_cast<std::size_t>(other)];
-        for (std::int64_t r = 0; r < x.rows; ++r)
-          std::copy_n(view.row(r) + other * width, width, x.row(r) + other * width);
-      }
-    });
+    std::vector<Result> results;
+    for (auto& each : running) results.push_back(each.get());
+    return results;
   }
 
  private:
-  Group& group_;
-  std::int64_t rank_;
+  std::FILE* file_;
+  std::int64_t size_;
 };
 
 ModelSpec whole_spec() {
@@ -182,20 +152,16 @@ std::vector<float> logits_of_rank(Backend& backend, std::int64_t rank, std::int6
 
 // names: which rank each of two takes itself for.
 std::vector<float> logits_of_two(std::vector<std::int64_t> names) {
-  Group group(2);
-  std::vector<std::future<std::vector<float>>> results;
-  for (std::int64_t rank = 0; rank < 2; ++rank) {
-    results.push_back(std::async(std::launch::async, [&, rank] {
-      RuntimeOptions options = small_options();
-      options.world_size = 2;
-      options.rank = names[static_cast<std::size_t>(rank)];
-      RankBackend backend(group, rank);
-      return logits_of_rank(backend, rank, 2, options);
-    }));
-  }
-  const std::vector<float> first = results[0].get();
-  CHECK(results[1].get() == first);
-  return first;
+  const SharedMemory memory(2);
+  const auto results = memory.in_all([&](const RankGroup& group) {
+    RuntimeOptions options = small_options();
+    options.world_size = 2;
+    options.rank = names[static_cast<std::size_t>(group.rank())];
+    cpu::CpuBackend backend(1, "auto", memory.group(group.rank()));
+    return logits_of_rank(backend, group.rank(), 2, options);
+  });
+  CHECK(results[1] == results[0]);
+  return results[0];
 }
 
 float largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
@@ -213,7 +179,35 @@ void two_ranks_give_the_whole() {
   CHECK(largest_difference(logits_of_two({0, 0}), whole) > 0.1f);
 }
 
-// As a head whose vocabulary is split would use it.
+// Of numbers whose sums depend on the order: with few of them, with more than are exchanged at a
+// time, and one after another in any sequence, since two parts of the memory are used in turn.
+void sums_in_the_order_of_the_ranks() {
+  const std::vector<std::int64_t> counts = {1, 7, 4096, 5001, 1, 300001, 3, 262144, 2};
+  for (const std::int64_t size : {2, 3, 5}) {
+    const auto numbers_of = [&](std::int64_t rank, std::int64_t count) {
+      return Numbers(static_cast<std::uint64_t>(31 * rank + count)).many(count, 1e3f);
+    };
+    const auto of_rank = [&](RankGroup& group) {
+      std::vector<std::vector<float>> sums;
+      for (const std::int64_t count : counts) {
+        sums.push_back(numbers_of(group.rank(), count));
+        group.all_reduce(sums.back().data(), count);
+      }
+      return sums;
+    };
+    const auto results = SharedMemory(size).in_all(of_rank);
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      std::vector<float> expected = numbers_of(0, counts[i]);
+      for (std::int64_t rank = 1; rank < size; ++rank) {
+        const std::vector<float> more = numbers_of(rank, counts[i]);
+        for (std::size_t j = 0; j < more.size(); ++j) expected[j] += more[j];
+      }
+      for (const auto& sums : results) CHECK(sums[i] == expected);
+    }
+  }
+}
+
+// As a head whose vocabulary is split uses it.
 void gathered_columns() {
   constexpr std::int64_t kOutputs = 52, kInputs = 24, kRows = 3;
   const std::vector<float> matrix = Numbers(3).many(kOutputs * kInputs);
@@ -231,21 +225,71 @@ void gathered_columns() {
   };
   cpu::CpuBackend alone(1, "auto");
   const std::vector<float> whole = multiply(alone, 0, kOutputs);
-  Group group(2);
-  const auto part = [&](std::int64_t rank) {
-    RankBackend backend(group, rank);
-    return multiply(backend, rank * kOutputs / 2, kOutputs / 2);
-  };
-  auto other = std::async(std::launch::async, [&] { return part(1); });
-  CHECK(part(0) == whole);
-  CHECK(other.get() == whole);
+  for (const std::int64_t size : {2, 4}) {
+    const SharedMemory memory(size);
+    const auto results = memory.in_all([&](const RankGroup& group) {
+      cpu::CpuBackend backend(1, "auto", memory.group(group.rank()));
+      return multiply(backend, group.rank() * kOutputs / size, kOutputs / size);
+    });
+    for (const auto& result : results) CHECK(result == whole);
+  }
+}
+
+// Rows that lie apart, and parts of a row that are exchanged in several pieces.
+void gathered_rows_apart() {
+  constexpr std::size_t kBytes = 3 * ((1 << 20) + 5), kStride = kBytes + 7, kRows = 2;
+  const auto results = SharedMemory(3).in_all([&](RankGroup& group) {
+    std::vector<unsigned char> rows(kRows * kStride, 200);
+    const std::size_t own = kBytes / 3, rank = static_cast<std::size_t>(group.rank());
+    for (std::size_t row = 0; row < kRows; ++row) {
+      for (std::size_t i = 0; i < own; ++i)
+        rows[row * kStride + rank * own + i] = static_cast<unsigned char>(i % 61 + rank + row);
+    }
+    group.all_gather(rows.data(), kRows, kBytes, kStride);
+    return rows;
+  });
+  for (const auto& rows : results) {
+    CHECK(rows == results[0]);
+    CHECK(rows[kBytes] == 200 && rows[kStride + 1] == 2);
+    CHECK(rows[kStride + 2 * kBytes / 3 + 60] == 63);
+  }
+  check_throws<std::invalid_argument>("rows of 52 bytes; expected a multiple of 3", [] {
+    SharedMemory(3).group(0)->all_gather(nullptr, 1, 52, 52);
+  });
+}
+
+void a_rank_that_fails_ends_the_others_wait() {
+  const SharedMemory memory(3);
+  const auto results = memory.in_all([&](RankGroup& group) {
+    std::string message;
+    int number = group.rank() == 0 ? 77 : 0;
+    group.broadcast(&number, sizeof(number));
+    CHECK(number == 77);
+    if (group.rank() == 1) {
+      group.abort("rank 1: no memory");
+      group.abort("what comes later is not the cause");
+      return message;
+    }
+    float x = 1.0f;
+    try {
+      group.all_reduce(&x, 1);
+    } catch (const std::runtime_error& error) {
+      message = error.what();
+    }
+    return message;
+  });
+  CHECK(results[0] == "rank 1: no memory" && results[2] == results[0]);
+  check_throws<std::runtime_error>("rank 1: no memory", [&] { memory.group(1)->check(); });
 }
 
 }  // namespace
 
 std::vector<Test> rank_tests() {
   return {{"two ranks give the whole model's logits", two_ranks_give_the_whole},
-          {"ranks gather the columns of a product", gathered_columns}};
+          {"ranks add up in their order", sums_in_the_order_of_the_ranks},
+          {"ranks gather the columns of a product", gathered_columns},
+          {"ranks gather rows that lie apart", gathered_rows_apart},
+          {"a rank that fails ends the others' wait", a_rank_that_fails_ends_the_others_wait}};
 }
 
 }  // namespace octavo::tests

@@ -142,10 +142,6 @@ void options() {
   check_throws<std::invalid_argument>("world_size",
                                       [&] { make([](auto& o) { o.world_size = 2; }); });
   check_throws<std::invalid_argument>("rank", [&] { make([](auto& o) { o.rank = -1; }); });
-  check_throws<std::invalid_argument>("first_layer",
-                                      [&] { make([](auto& o) { o.first_layer = 1; }); });
-  check_throws<std::invalid_argument>("last_layer",
-                                      [&] { make([](auto& o) { o.last_layer = 0; }); });
   check_throws<std::invalid_argument>("isa", [&] { make([](auto& o) { o.isa = "mmx"; }); });
   ModelSpec spec = small_spec();
   spec.layers[1].attention_scale = 0.0f;
