@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cuda/device/collectives.h"
 #include "cuda/products/cublas.h"
 
 namespace octavo::cuda {
@@ -32,8 +33,10 @@ CudaBackend::CudaBackend(const BackendOptions& options)
       sampling_workspace_(stream_),
       experts_workspace_(stream_),
       pack_workspace_(stream_),
-      low_rank_workspace_(stream_) {
+      low_rank_workspace_(stream_),
+      ranks_workspace_(stream_) {
   if (!options.deterministic) cublas_ = CublasLt::open(stream_);
+  if (options.group) collectives_ = Collectives::open(stream_, options.group);
   for (cudaEvent_t& event : events_)
     check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
 }
@@ -69,7 +72,7 @@ void CudaBackend::download(void* host, const void* device, std::size_t bytes) {
   ++num_downloads_;
   check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_.handle()),
         "copying from the device");
-  stream_.sync();
+  sync();
 }
 
 std::size_t CudaBackend::available_memory() const {
@@ -102,6 +105,11 @@ void CudaBackend::download_async(const HostBuffer& host, const void* device, std
         "copying from the device");
 }
 
+void CudaBackend::sync() {
+  stream_.sync();
+  if (collectives_) collectives_->check();
+}
+
 void CudaBackend::record_event(int index) {
   check(cudaEventRecord(events_[index], stream_.handle()), "recording an event");
 }
@@ -109,6 +117,7 @@ void CudaBackend::record_event(int index) {
 void CudaBackend::wait_event(int index) {
   stream_.attach_thread();                                                  // any thread may wait
   if (cudaEventSynchronize(events_[index]) != cudaSuccess) stream_.sync();  // which says more
+  if (collectives_) collectives_->check();
 }
 
 // ---- the shape of steps ----
@@ -131,12 +140,17 @@ void CudaBackend::prepare(const ModelSpec& spec, const StepLimits& limits) {
   attention_workspace_.get(attention_workspace_bytes(spec, padded));
   experts_workspace_.get(experts_workspace_bytes(spec, padded));
   sampling_workspace_.get(sampling_workspace_bytes(padded.max_num_batched_tokens));
+  if (collectives_ && options_.deterministic) {
+    const std::int64_t bits =
+        padded.max_num_batched_tokens * spec.hidden_size * bits_of(options_.dtype);
+    ranks_workspace_.get(static_cast<std::size_t>(options_.group->size() * bits / 8));
+  }
 }
 
 std::int64_t CudaBackend::growths() const {
   return linear_workspace_.growths() + attention_workspace_.growths() +
          sampling_workspace_.growths() + experts_workspace_.growths() +
-         low_rank_workspace_.growths();
+         low_rank_workspace_.growths() + ranks_workspace_.growths();
 }
 
 void CudaBackend::run(const StepKey& key, const std::function<void()>& record) {

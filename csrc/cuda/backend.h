@@ -15,7 +15,8 @@
 
 namespace octavo::cuda {
 
-class CublasLt;  // products/cublas.h
+class Collectives;  // device/collectives.h
+class CublasLt;     // products/cublas.h
 
 constexpr int kLowRankParts = 3;  // matrices of a stack: q, k and v
 
@@ -92,12 +93,14 @@ class CudaBackend : public Backend {
   void sample(const Samples& out, View logits, const std::int32_t* masks,
               const Step& step) override;
   void log_softmax(View out, View logits) override;
+  void all_reduce(View x) override;
+  void all_gather(View x) override;
   void copy_blocks(KvLayer& kv, const std::int32_t* pairs, std::int64_t num_pairs) override;
 
   void run(const StepKey& key, const std::function<void()>& record) override;
   void forget_recorded() override;
   WorkCounts counts() const override;
-  void sync() override { stream_.sync(); }
+  void sync() override;
   double seconds_of(const std::function<void()>& work) override;
   double measure_bandwidth(double seconds, double num_bytes) override;
   double measure_flops(double seconds) override;
@@ -121,7 +124,7 @@ class CudaBackend : public Backend {
   BackendOptions options_;
   Stream stream_;
   Workspace linear_workspace_, attention_workspace_, sampling_workspace_, experts_workspace_,
-      pack_workspace_, low_rank_workspace_;
+      pack_workspace_, low_rank_workspace_, ranks_workspace_;
   // What every adapter adds to every stack, on the device: (stacks, places) of LowRankEntry.
   Buffer low_rank_table_;
   const LowRankStack* low_rank_stacks_ = nullptr;  // the first stack
@@ -129,6 +132,8 @@ class CudaBackend : public Backend {
   std::int64_t max_shrunk_ = 0, max_tokens_ = 0;
   const TileRows tile_rows_ = TileRows::read_environment();
   std::unique_ptr<CublasLt> cublas_;  // null: deterministic, or the library is missing
+  // Null: one rank. Before graphs_, which are destroyed first: an abort waits for them.
+  std::unique_ptr<Collectives> collectives_;
   cudaEvent_t events_[2] = {};
   Graphs graphs_;
   std::int64_t num_uploads_ = 0, num_downloads_ = 0;

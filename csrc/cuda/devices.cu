@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/backend.h"
+#include "cuda/device/collectives.h"
 #include "cuda/products/cublas.h"
 
 namespace octavo::cuda {
@@ -35,9 +36,10 @@ DeviceInfo device_info() {
   if (num_devices() == 0) return {};
   int driver = 0;
   cudaDriverGetVersion(&driver);
-  const std::string library = CublasLt::version();
+  const std::string library = CublasLt::version(), collectives = Collectives::version();
   return {Stream(0).device_name(), version(CUDART_VERSION), version(driver),
-          library.empty() ? "octavo's own: cuBLASLt was not found" : "cuBLASLt " + library};
+          library.empty() ? "octavo's own: cuBLASLt was not found" : "cuBLASLt " + library,
+          collectives.empty() ? "none: NCCL was not found" : "NCCL " + collectives};
 }
 
 std::unique_ptr<Backend> make_backend(const BackendOptions& options) {

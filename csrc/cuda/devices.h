@@ -17,8 +17,9 @@ int num_devices();
 struct DeviceInfo {
   std::string name;  // "NVIDIA H200"
   std::string runtime,
-      driver;            // versions of CUDA: what octavo was built with, what the driver knows
-  std::string products;  // whose kernels multiply many rows: "cuBLASLt 13.0.2", or octavo's
+      driver;               // versions of CUDA: what octavo was built with, what the driver knows
+  std::string products;     // whose kernels multiply many rows: "cuBLASLt 13.0.2", or octavo's
+  std::string collectives;  // what adds up the results of several GPUs: "NCCL 2.28.3", or none
 };
 DeviceInfo device_info();
 

@@ -70,8 +70,8 @@ bool CudaBackend::decode_layer(const LayerWork& work) {
   const LayerWeights& weights = work.weights;
   const View residual = work.residual;
   const DType dtype = work.hidden.dtype;
-  const bool is_fused = residual.rows >= 1 && residual.rows <= kFewRows && is_plain(layer) &&
-                        weights.qkv.size() == 1 && weights.up.size() == 1 &&
+  const bool is_fused = !collectives_ && residual.rows >= 1 && residual.rows <= kFewRows &&
+                        is_plain(layer) && weights.qkv.size() == 1 && weights.up.size() == 1 &&
                         is_fast(work.hidden, weights.qkv[0]) && is_fast(work.attn, weights.o) &&
                         is_fast(work.hidden, weights.up[0]) && is_fast(work.act, weights.down);
   if (!is_fused) return false;
