@@ -17,7 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo import _native
-from octavo.machine import Resident, available_memory, resident_memory, total_memory
+from octavo.machine import (
+    Resident,
+    available_memory,
+    resident_memory,
+    threads_of_rank,
+    total_memory,
+)
 
 CORES = _native.physical_cores()
 
@@ -28,6 +34,14 @@ def fake_machine(tmp_path: Path, files: dict[str, str]) -> dict[str, Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     return {"proc": tmp_path / "proc", "cgroup": tmp_path / "cgroup"}
+
+
+def test_ranks_share_the_threads_of_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quota of a control group is that of all of them together; a rank has one at least."""
+    assert threads_of_rank(0, 1) == CORES
+    assert [threads_of_rank(3, ranks) for ranks in (1, 2, 5)] == [3, 3, 3]
+    monkeypatch.setattr(_native, "physical_cores", lambda: 5)
+    assert [threads_of_rank(0, ranks) for ranks in (1, 2, 3, 5, 6)] == [5, 2, 1, 1, 1]
 
 
 def quota_of(folders: dict[str, Path]) -> float | None:

@@ -116,7 +116,8 @@ class EngineConfig:
     num_kv_blocks: size of the KV cache, of all KV groups together; None sizes it by
         `kv_memory_fraction`.
     kv_memory_fraction: which part of the memory still free after loading the KV cache may take.
-    num_threads: CPU threads; 0 takes OCTAVO_NUM_THREADS, else the physical cores.
+    num_threads: CPU threads of each rank; 0 takes OCTAVO_NUM_THREADS, else its share of the
+        physical cores, or of a control group's quota.
     deterministic: CUDA: an answer's bits do not depend on what else is computed with it (on the CPU
         they never do), at some cost in speed.
     enforce_eager: CUDA: launches every kernel of a step by itself, instead of recording steps as
@@ -132,6 +133,8 @@ class EngineConfig:
     priority_ageing_seconds: a request of priority p queues as if it had come p times so much later
         than it did, so that one level of priority is worth so many seconds of waiting.
     seed: of dummy weights, and of requests that name no seed of their own.
+    tensor_parallel_size: among how many ranks, processes of this machine, the model is divided:
+        each has a GPU, or a share of the cores, of its own.
     speculative_config: how drafts are made, so that a step can give an answer several tokens: a
         SpeculativeConfig, or its fields as a dict or JSON. None: no drafts. Answers stay the same.
     """
@@ -160,6 +163,7 @@ class EngineConfig:
     event_log_capacity: int = 65536
     overlap_steps: bool | None = None
     seed: int = 0
+    tensor_parallel_size: int = 1
     speculative_config: SpeculativeConfig | Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
@@ -177,6 +181,7 @@ class EngineConfig:
         _check_positive("max_num_batched_tokens", self.max_num_batched_tokens)
         _check_positive("block_size", self.block_size)
         _check_positive("event_log_capacity", self.event_log_capacity)
+        _check_positive("tensor_parallel_size", self.tensor_parallel_size)
         if not 0 <= self.max_adapters <= 1024:
             raise InvalidArgumentError(f"max_adapters is {self.max_adapters}; expected 0 to 1024")
         if self.max_model_len is not None:
@@ -221,12 +226,9 @@ class RuntimeOptions:
     device_index: int = 0
     # Places for LoRA adapters.
     max_adapters: int = 0
-    # A model split over several devices, by its matrices or by its layers (None: to the last one).
-    # Declared; the native runtime refuses all but one rank with all layers.
+    # Which of how many ranks this is (runtime/ranks.py).
     rank: int = 0
     world_size: int = 1
-    first_layer: int = 0
-    last_layer: int | None = None
     # Sequences of more tokens have the rope's other frequencies (`ModelSpec.rope_switch`); 0: none.
     rope_switch: int = 0
     # Of matrices kept in another format than dtype, by name without ".weight": "layers.3.q".

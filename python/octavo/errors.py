@@ -115,6 +115,10 @@ class EngineStepError(OctavoError, RuntimeError):
     """A step of the engine failed, and with it every request that was being computed."""
 
 
+class RankError(OctavoError, RuntimeError):
+    """A process of a model that is divided among ranks has ended or failed: the model is lost."""
+
+
 class EngineInUseError(OctavoError, RuntimeError):
     """An engine that was used while it was in use, or by somebody else than its owner."""
 
@@ -166,6 +170,10 @@ class InsufficientMemoryError(OctavoError, MemoryError):
 
     def __post_init__(self) -> None:
         super().__init__(self.message(_as_arguments))
+
+    def __reduce__(self) -> tuple[type[InsufficientMemoryError], tuple[object, ...]]:
+        # An error of a rank travels as its arguments, and `args` is the message.
+        return type(self), (self.problem, self.remedies, self.otherwise)
 
     def message(self, spell: Callable[[Mapping[str, object]], str | None]) -> str:
         """The problem and what to do. spell: a remedy as the reader writes it; None: cannot."""

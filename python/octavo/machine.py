@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,12 @@ from octavo.errors import OctavoError
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
+SYSTEM = Path("/sys/devices/system/cpu")
+# Places of cuBLASLt and NCCL in pip's folder "nvidia" (torch brings both), the best first.
+_PACKAGED = (
+    ("cu13/lib/libcublasLt.so.13", "cublas/lib/libcublasLt.so.1?"),
+    ("nccl/lib/libnccl.so.2",),
+)
 
 
 def available_memory(proc: Path = PROC, cgroup: Path = CGROUP, *, reserved: int = 0) -> int:
@@ -46,6 +53,40 @@ def total_memory(proc: Path = PROC) -> int:
 def usable_cores(most: int = 8) -> int:
     """How many threads convert weights at a time; more than `most` would wait for memory."""
     return min(_native.physical_cores(), most)
+
+
+def core_share(cores: Collection[int], part: int, parts: int, system: Path = SYSTEM) -> set[int]:
+    """A part of some processors, for one of several processes that compute side by side.
+
+    The threads of a core stay together, and so do the cores of a socket, whose memory is near.
+    system: the folder that tells which are which. With fewer cores than parts, parts share them.
+    """
+
+    def topology(core: int) -> tuple[str, str]:
+        folder = system / f"cpu{core}" / "topology"
+        try:
+            socket = (folder / "physical_package_id").read_text().strip()
+            return socket.zfill(4), (folder / "thread_siblings_list").read_text().strip()
+        except OSError:
+            return "", str(core)
+
+    places: dict[tuple[str, str], list[int]] = {}
+    for core in sorted(cores):
+        places.setdefault(topology(core), []).append(core)
+    groups = [places[place] for place in sorted(places, key=lambda p: (p[0], places[p]))]
+    if len(groups) < parts:
+        return set(groups[part % len(groups)])
+    first, last = (len(groups) * edge // parts for edge in (part, part + 1))
+    return {core for group in groups[first:last] for core in group}
+
+
+def threads_of_rank(num_threads: int, ranks: int) -> int:
+    """How many CPU threads each of a model's ranks has.
+
+    num_threads: those that were asked for; 0: the rank's share of the cores, or of a control
+    group's quota, which all ranks have together. One at least.
+    """
+    return num_threads or max(1, _native.physical_cores() // ranks)
 
 
 def format_bytes(count: float) -> str:
@@ -105,16 +146,17 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def open_packaged_cublas() -> None:
-    """Open cuBLASLt where pip has put it (nvidia-cublas, which torch brings), if it is there.
+def open_packaged_libraries(ranks: int = 1) -> None:
+    """Open cuBLASLt, for several ranks NCCL too, where pip has put them, if they are there.
 
     The dynamic linker knows the system's folders, not pip's. Once a library is open, the native
     core finds it by its bare name.
     """
     spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for pattern in ("cu13/lib/libcublasLt.so.13", "cublas/lib/libcublasLt.so.1?"):
-            for path in Path(folder).glob(pattern):
-                with contextlib.suppress(OSError):  # of another platform, say: octavo does without
-                    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-                    return
+    folders = [Path(each) for each in (spec.submodule_search_locations or ())] if spec else []
+    for patterns in _PACKAGED if ranks > 1 else _PACKAGED[:1]:
+        found = (path for each in patterns for folder in folders for path in folder.glob(each))
+        for path in found:
+            with contextlib.suppress(OSError):  # of another platform, say: octavo does without
+                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+                break

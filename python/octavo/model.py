@@ -156,24 +156,29 @@ def load_model(
     draft_model = load_draft_model(config, files, checkpoint, tokenizer, environment)
     draft_bytes = 0 if draft_model is None else draft_model.bytes_beside(files)
     loaded = load_runtime(files, checkpoint, config, on_load, environment, draft_bytes)
-    speculative_config = read_speculative_config(config.speculative_config)
-    drafter = build_drafter(
-        speculative_config, files, checkpoint, loaded.num_kv_blocks, draft_model
-    )
-    engine = Engine(
-        loaded.runtime,
-        loaded.options,
-        num_kv_blocks=loaded.num_kv_blocks,
-        vocab_size=files.spec.vocab_size,
-        kv_windows=files.spec.kv_windows,
-        tokenizer=tokenizer,
-        eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
-        seed=config.seed,
-        drafter=drafter,
-        read_adapter=partial(read_adapter, files=files, checkpoint=checkpoint),
-    )
-    for name, folder in (adapters or {}).items():
-        engine.adapters.add(name, Path(folder))
+    try:
+        speculative_config = read_speculative_config(config.speculative_config)
+        drafter = build_drafter(
+            speculative_config, files, checkpoint, loaded.num_kv_blocks, draft_model
+        )
+        engine = Engine(
+            loaded.runtime,
+            loaded.options,
+            num_kv_blocks=loaded.num_kv_blocks,
+            vocab_size=files.spec.vocab_size,
+            kv_windows=files.spec.kv_windows,
+            tokenizer=tokenizer,
+            eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
+            seed=config.seed,
+            drafter=drafter,
+            make_batch=loaded.make_batch,
+            read_adapter=partial(read_adapter, files=files, checkpoint=checkpoint),
+        )
+        for name, folder in (adapters or {}).items():
+            engine.adapters.add(name, Path(folder))
+    except BaseException:
+        loaded.close()
+        raise
     return LoadedModel(engine, chat_template, config, loaded.notes)
 
 

@@ -22,6 +22,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "cpu_offload_gb": (0, None),
     "data_parallel_size": (1,),
     "disable_log_stats": (True, False),
+    "distributed_executor_backend": ("mp", None),
     "enable_chunked_prefill": (True, None),
     "enable_lora": (True, False),
     "pipeline_parallel_size": (1,),
@@ -30,7 +31,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "runner": ("auto", "generate"),
     "skip_tokenizer_init": (False,),
     "task": ("auto", "generate"),
-    "tensor_parallel_size": (1,),
     "tokenizer": (None,),
     "tokenizer_mode": ("auto",),
     "trust_remote_code": (True, False),  # octavo runs no code of a model
@@ -40,15 +40,15 @@ _IGNORED = ("max_lora_rank", "swap_space", "disable_custom_all_reduce", "disable
 _INSTEAD = {
     "cpu_offload_gb": "octavo keeps a model in one memory: a smaller one, or quantize='int8'",
     "data_parallel_size": "start several processes",
+    "distributed_executor_backend": "tensor_parallel_size: ranks are processes of one machine",
     "download_dir": "the environment variable OCTAVO_HOME names the folder for models",
     "enable_chunked_prefill": "prompts are always computed in chunks of max_num_batched_tokens",
-    "pipeline_parallel_size": "octavo runs a model on one device",
+    "pipeline_parallel_size": "tensor_parallel_size divides a model among GPUs",
     "quantization": "the checkpoint says how it is quantized; quantize='int8' rounds a float model",
     "revision": "octavo pull ORG/NAME --revision NAME",
     "runner": "octavo generates texts and has no pooling models",
     "task": "octavo generates texts and has no pooling models",
     "skip_tokenizer_init": "give prompts as token ids; the tokenizer does no harm",
-    "tensor_parallel_size": "octavo runs a model on one device; `octavo plan` counts with several",
     "tokenizer": "octavo takes the tokenizer in the model's folder",
     "tokenizer_mode": "octavo takes the tokenizer.json in the model's folder",
 }

@@ -47,7 +47,7 @@ def model(tmp_path: Path) -> Path:
 def memory_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets what the machine has before a model is loaded; its weights then take their part."""
     memory = {"all": 0, "weights": 0, "taken": 0}
-    make_runtime, load_weights = loader._make_runtime, loader._load_weights
+    make_runtime, fill = loader._make_runtime, loader.fill
 
     def set_memory(num_bytes: int) -> None:
         memory["all"] = num_bytes
@@ -58,11 +58,11 @@ def memory_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         return make_runtime(device, spec, options, *more)
 
     def load(*arguments: Any) -> None:
-        load_weights(*arguments)
+        fill(*arguments)
         memory["taken"] = memory["weights"]
 
     monkeypatch.setattr(loader, "_make_runtime", make)
-    monkeypatch.setattr(loader, "_load_weights", load)
+    monkeypatch.setattr(loader, "fill", load)
     monkeypatch.setattr(loader, "available_memory", lambda **_: memory["all"] - memory["taken"])
     return set_memory
 

@@ -21,8 +21,8 @@ from octavo.models.spec import ModelSpec
 from octavo.quantization.plan import weight_bytes
 from octavo.reference.llama import ReferenceModel
 from octavo.runtime import loader
-from octavo.runtime.loader import LoadedRuntime, load_runtime, plan_kv_blocks, resolve_options
-from octavo.runtime.remedies import Needs
+from octavo.runtime.loader import LoadedRuntime, load_runtime, resolve_options
+from octavo.runtime.remedies import Needs, plan_kv_blocks
 from octavo.sampling_params import SamplingParams
 from octavo.weights.checkpoint import NonFiniteWeightsWarning, open_checkpoint
 from octavo.weights.model_files import read_model

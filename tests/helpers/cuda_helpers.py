@@ -11,14 +11,14 @@ import pytest
 from reference_helpers import Float32
 
 from octavo import _native
-from octavo.machine import open_packaged_cublas
+from octavo.machine import open_packaged_libraries
 from octavo.reference import ops
 
 # A GPU machine sets this to "cuda" and runs the very same tests on the hardware.
 DEVICE = os.environ.get("OCTAVO_TEST_CUDA_DEVICE", "cuda_emulated")
 
 if DEVICE == "cuda":
-    open_packaged_cublas()  # as loading a model does
+    open_packaged_libraries()  # as loading a model does
 has_cuda = (
     bool(_native.build_info()["cuda_emulated"])
     if DEVICE == "cuda_emulated"

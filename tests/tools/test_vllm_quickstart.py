@@ -176,8 +176,9 @@ def test_the_asynchronous_engine(model: Path) -> None:
 
 
 REFUSED = {
-    "tensor_parallel_size": (2, "`octavo plan` counts with several"),
-    "pipeline_parallel_size": (2, "one device"),
+    "tensor_parallel_size": (0, "tensor_parallel_size is 0; expected an integer, 1 or more"),
+    "pipeline_parallel_size": (2, "tensor_parallel_size divides a model among GPUs"),
+    "distributed_executor_backend": ("ray", "ranks are processes of one machine"),
     "quantization": ("fp8", "quantize='int8'"),
     "download_dir": ("/data", "OCTAVO_HOME"),
     "tokenizer": ("org/other", "the tokenizer in the model's folder"),

@@ -332,13 +332,3 @@ def test_a_tensor_is_made_of_its_weights_again(tmp_path: Path) -> None:
 
 def test_every_row_of_a_fused_tensor_is_a_weights() -> None:
     check_fused_rows(TensorNames(NAMES, TRANSFORMS), SPEC)
-
-
-def test_shard_axes_are_those_of_the_layer() -> None:
-    axes = {name: each.shard_axis for name, each in TensorNames(NAMES).weight_map(SPEC).items()}
-    assert {name for name, axis in axes.items() if axis == 1} == {
-        f"layers.{layer}.{part}.weight" for layer in (0, 1) for part in ("o", "down")
-    }
-    whole = {name.split(".", 2)[-1] for name, axis in axes.items() if axis is None}
-    norms = {f"{part}_norm.{kind}" for part in ("attn", "mlp") for kind in ("weight", "bias")}
-    assert whole == {*norms, "o.bias", "down.bias", "weight", "bias"}  # the last: final_norm's

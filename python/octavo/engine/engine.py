@@ -281,6 +281,8 @@ class Engine(Endings):
         self._abandon_steps()
         self.guard.close()
         self.scheduler.drafter = None  # which may hold a model of its own
+        # Processes of ranks are not to wait until no error refers to them.
+        getattr(self.runtime, "close", lambda: None)()
         del self.runtime, self.adapters, self.drafter, self._pipeline, self._steering
 
     def stats(self) -> EngineStats:

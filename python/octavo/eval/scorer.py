@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from octavo.runtime.loader import LoadProgress, load_runtime
 from octavo.runtime.session import Session
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    from octavo import _native
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -53,7 +57,8 @@ class Scorer:
 
     def load_weight(self, name: str, values: Float32) -> None:
         """Put other numbers in the place of a weight, which the model runs in floats."""
-        self.loaded.runtime.load(name, np.ascontiguousarray(values), "f32")
+        runtime = cast("_native.Runtime", self.loaded.runtime)  # of one rank
+        runtime.load(name, np.ascontiguousarray(values), "f32")
 
     def logits(self, tokens: Int32, window: Window) -> Iterator[tuple[int, Float32]]:
         """Run the window; yields (index of the first token predicted, logits of those rows).

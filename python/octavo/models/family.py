@@ -28,7 +28,6 @@ class WeightSource:
 
     tensor: its name in the checkpoint. shape: of the weight. rows: of a fused tensor (first, of how
     many), counted after a transposition; None: the whole tensor. head_dim: for "unpermute".
-    shard_axis: as in `layer.Weight`.
     """
 
     tensor: str
@@ -36,7 +35,6 @@ class WeightSource:
     rows: tuple[int, int] | None = None
     transform: Transform = "plain"
     head_dim: int = 0
-    shard_axis: Literal[0, 1] | None = None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -107,7 +105,6 @@ class TensorNames:
                 rows,
                 transform,
                 spec.layers[layer or 0].head_dim if transform == "unpermute" else 0,
-                weight.shard_axis,
             )
 
         return {name: source(weight) for name, weight in weights.items()}

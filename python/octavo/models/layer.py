@@ -26,25 +26,22 @@ Op = Literal[
     "gated_activation",
     "moe",
 ]
-# The matrices whose outputs go to the residual stream, by their taps; devices divide their inputs.
+# The matrices whose outputs go to the residual stream, by their taps.
 _RESIDUAL_MATRICES = {"attn_out": "o", "mlp_out": "down"}
 
 
 class Weight(NamedTuple):
-    """A weight that an op needs. name: octavo's. shard_axis: as in `Matrix`; None: whole."""
+    """A weight that an op needs. name: octavo's."""
 
     name: str
     shape: tuple[int, ...]
-    shard_axis: Literal[0, 1] | None = None
 
 
 @dataclass(frozen=True)
 class Matrix:
     """A matrix (outputs, inputs), and optionally a bias for each output.
 
-    name: octavo's, without ".weight": "layers.3.q". shard_axis: the axis that several devices
-    divide: 0, the outputs (a device has some of the results), or 1, the inputs (a device has a part
-    of every sum, and all_reduce adds the parts). is_router: neither it nor what it multiplies is
+    name: octavo's, without ".weight": "layers.3.q". is_router: neither it nor what it multiplies is
     ever rounded, since tokens whose logits are near each other would go to other experts.
     """
 
@@ -52,7 +49,6 @@ class Matrix:
     outputs: int
     inputs: int
     bias: bool = False
-    shard_axis: Literal[0, 1] = 0
     is_router: bool = False
 
     @property
@@ -111,10 +107,9 @@ class Node:
             if self.norm.bias:
                 yield Weight(f"{self.tap}.bias", (width,))
         for matrix in self.matrices:
-            yield Weight(f"{matrix.name}.weight", matrix.shape, matrix.shard_axis)
-            if matrix.bias:  # where inputs are divided, every device needs the whole bias
-                axis: Literal[0] | None = 0 if matrix.shard_axis == 0 else None
-                yield Weight(f"{matrix.name}.bias", (matrix.outputs,), axis)
+            yield Weight(f"{matrix.name}.weight", matrix.shape)
+            if matrix.bias:
+                yield Weight(f"{matrix.name}.bias", (matrix.outputs,))
 
 
 def model_nodes(spec: ModelSpec) -> list[Node]:
@@ -128,7 +123,8 @@ def model_nodes(spec: ModelSpec) -> list[Node]:
         nodes += layer_nodes(layer, index, hidden)
     last = residual_before(len(spec.layers))
     nodes.append(Node("final_norm", "norm", (last,), hidden, norm=spec.final_norm))
-    head = Matrix("embed" if spec.tie_word_embeddings else "lm_head", vocab, hidden)
+    name = "embed" if spec.tie_word_embeddings else "lm_head"
+    head = Matrix(name, vocab // spec.head_parts, hidden)
     scale, cap = spec.logits_multiplier, spec.logits_softcap
     return [*nodes, Node("logits", "linear", ("final_norm",), vocab, (head,), scale=scale, cap=cap)]
 
@@ -149,8 +145,7 @@ def layer_nodes(layer: LayerSpec, index: int, hidden_size: int) -> list[Node]:
         nodes.append(Node(full(part), op, names, width, norm=norm, group=group, scale=scale))
 
     def multiply(part: str, source: str, outputs: int, inputs: int, bias: bool) -> None:
-        name, axis = full(_RESIDUAL_MATRICES.get(part, part)), part in _RESIDUAL_MATRICES
-        matrix = Matrix(name, outputs, inputs, bias, 1 if axis else 0)
+        matrix = Matrix(full(_RESIDUAL_MATRICES.get(part, part)), outputs, inputs, bias)
         nodes.append(Node(full(part), "linear", (full(source),), outputs, (matrix,)))
 
     def norm_for_residual(part: str) -> str:
@@ -197,7 +192,7 @@ def _moe_nodes(layer: LayerSpec, moe: MoeSpec, index: int, hidden_size: int) -> 
     halves = [
         Matrix(expert + part, width, hidden_size) for expert in experts for part in ("gate", "up")
     ]
-    downs = [Matrix(expert + "down", hidden_size, width, shard_axis=1) for expert in experts]
+    downs = [Matrix(expert + "down", hidden_size, width) for expert in experts]
     x, logits = f"{name}mlp_norm", f"{name}router"
     router = Matrix(logits, moe.num_experts, hidden_size, is_router=True)
     return [
@@ -243,6 +238,6 @@ def linear_nodes(spec: ModelSpec) -> dict[str, Node]:
         if node.layer is not None and node.op == "linear" and not node.matrix.is_router:
             found[node.matrix.name] = node
         for matrix in node.matrices if node.op == "moe" else ():
-            inputs = node.inputs[:1] if matrix.shard_axis == 0 else ()  # of gate and up
+            inputs = () if matrix.name.endswith(".down") else node.inputs[:1]
             found[matrix.name] = replace(node, inputs=inputs, matrices=(matrix,))
     return found

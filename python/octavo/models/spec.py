@@ -169,6 +169,9 @@ class ModelSpec:
     embed_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     logits_softcap: float = 0.0
+    # Of a rank's part of a model (models/shards.py): which of how many parts of the head it has.
+    head_part: int = 0
+    head_parts: int = 1
 
     @property
     def rope_switch(self) -> int:

@@ -25,8 +25,8 @@ _SHOWN = 6  # layers in a note
 def split_experts(mix: Node) -> list[tuple[Node, Node, Node]]:
     """Gate, up and down of every expert of a moe node, as nodes of one matrix each."""
     nodes = [replace(mix, matrices=(matrix,)) for matrix in mix.matrices]
-    halves = [node for node in nodes if node.matrix.shard_axis == 0]
-    downs = [node for node in nodes if node.matrix.shard_axis == 1]
+    downs = [node for node in nodes if node.matrix.name.endswith(".down")]
+    halves = [node for node in nodes if node not in downs]
     return list(zip(halves[0::2], halves[1::2], downs, strict=True))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from octavo.config import (
     EngineConfig,
@@ -17,9 +18,15 @@ from octavo.config import (
     resolve_device,
 )
 from octavo.errors import InsufficientMemoryError, InvalidArgumentError
-from octavo.machine import available_memory, format_bytes, open_packaged_cublas
+from octavo.machine import (
+    available_memory,
+    format_bytes,
+    open_packaged_libraries,
+    threads_of_rank,
+)
 from octavo.models.kv_groups import KvGroups
 from octavo.models.rope import for_length
+from octavo.models.shards import Shard, shard_spec, shards
 from octavo.models.spec import ModelSpec
 from octavo.quantization.apply import quantize_checkpoint
 from octavo.quantization.plan import (
@@ -30,10 +37,12 @@ from octavo.quantization.plan import (
     weight_bytes,
 )
 from octavo.quantization.stored import describe_stored
-from octavo.runtime.remedies import Changes, Needs
+from octavo.runtime.ranks import PATIENCE, Rank, RankedBatch, RankedRuntime, Team, on_own_cores
+from octavo.runtime.remedies import Changes, Needs, plan_kv_blocks
 from octavo.speculative_config import SpeculativeConfig
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
+from octavo.weights.shards import shard_checkpoint
 from octavo.weights.tensor import TensorDType
 
 if TYPE_CHECKING:
@@ -45,8 +54,8 @@ LoadProgress = Callable[[int, int], None]
 # Devices that share this process's memory, so that the limits on the process (control groups,
 # ulimit) bound them too; any other device reports its own memory.
 _HOST_DEVICES = frozenset({"cpu"})
-# Values tried for advice where there is no memory for steps; the first of each are the defaults.
 _BRANCHING_SEQS = 8  # whose branches fit in a step when all max_num_seqs sequences decode
+# Values tried for advice where there is no memory for steps; the first of each are the defaults.
 _FEWER_SEQS, _FEWER_TOKENS = (64, 8, 1), (512, 64, 16)
 
 
@@ -57,11 +66,39 @@ class LoadedRuntime:
     notes: what the user should know of weights in formats that are not octavo's.
     """
 
-    runtime: _native.Runtime
+    runtime: _native.Runtime | RankedRuntime
     options: RuntimeOptions
     num_kv_blocks: int
     device: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def make_batch(self) -> Callable[..., _native.Batch]:
+        """Makes what `runtime.submit` takes."""
+        from octavo import _native
+
+        return RankedBatch if self.options.world_size > 1 else _native.Batch
+
+    def close(self) -> None:
+        """End the other ranks: an error may be kept for long, and with it all that it refers to."""
+        if isinstance(self.runtime, RankedRuntime):
+            self.runtime.close()
+
+
+class Prepared(NamedTuple):
+    """A rank's runtime before its weights are loaded.
+
+    checkpoint: the weights to load. spec: the model, or the rank's part of it. shards: of the
+    weights that are not whole, which part it is. rank: None for the only one.
+    """
+
+    runtime: _native.Runtime
+    checkpoint: Checkpoint
+    options: RuntimeOptions
+    spec: ModelSpec
+    device: str
+    shards: Mapping[str, Shard]
+    rank: Rank | None
 
 
 def load_runtime(
@@ -81,9 +118,14 @@ def load_runtime(
     """
     loaded, needs = load_without_cache(files, checkpoint, config, progress, environment)
     needs = replace(needs, block_bytes=needs.block_bytes + draft_bytes)
-    num_kv_blocks = plan_kv_blocks(needs, _available(loaded.runtime, loaded.device))
     options = loaded.options
-    allocate_cache(loaded, num_kv_blocks, options.kv_groups(files.spec))
+    weights = weight_bytes(needs.spec, options.formats, options.dtype)
+    try:
+        num_kv_blocks = plan_kv_blocks(needs, needs.room - weights)
+        allocate_cache(loaded, num_kv_blocks, options.kv_groups(files.spec))
+    except BaseException:
+        loaded.close()
+        raise
     return replace(loaded, num_kv_blocks=num_kv_blocks)
 
 
@@ -95,50 +137,128 @@ def load_without_cache(
     environment: Environment | None = None,
 ) -> tuple[LoadedRuntime, Needs]:
     """As `load_runtime`, but for the KV cache; and what memory the model needs."""
+    environment = read_environment() if environment is None else environment
+    size = config.tensor_parallel_size
+    if size == 1:
+        return _load(files, checkpoint, config, progress, environment, None)
+    shard_spec(files.spec, 0, size)  # before there are other processes
+    team = Team(size)
+    try:
+        team.ask("prepare", files.path, files.spec, config, environment)
+        return _load(files, checkpoint, config, progress, environment, team)
+    except BaseException:
+        team.close()
+        raise
+
+
+def _load(
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    progress: LoadProgress | None,
+    environment: Environment,
+    team: Team | None,
+) -> tuple[LoadedRuntime, Needs]:
+    """`load_without_cache` with the other ranks at work; they have been asked to prepare."""
+    stored = checkpoint.formats
+    rank = None if team is None else team.rank
+    try:
+        prepared = prepare(files, checkpoint, config, environment, rank)
+    except RuntimeError as error:
+        if team is not None:  # another rank may have failed, while this one was waiting for it
+            team.rank.abort(str(error))
+            team.answers(PATIENCE)  # NCCL may wait for this rank, and not be stopped
+        raise
+    runtime, checkpoint, options, spec, device, shards, _ = prepared
+    others: list[int] = [] if team is None else team.answers()
+    block_bytes = runtime.kv_bytes_per_block()
+    num_bytes = weight_bytes(spec, options.formats, options.dtype)
+
+    def available(reserved: int = 0) -> int:
+        """Of each rank: the least on devices of their own, a part of the host's memory."""
+        if device in _HOST_DEVICES:
+            return available_memory(reserved=reserved) // options.world_size
+        return min([_available(runtime, device), *others])
+
+    free = available(num_bytes)
+    if num_bytes > free:
+        each = "" if team is None else f" on each of {options.world_size} ranks"
+        raise InsufficientMemoryError(
+            f"the weights take {format_bytes(num_bytes)} as "
+            f"{describe_dtypes(options.formats, options.dtype)}{each}; {format_bytes(free)} are "
+            f"available",
+            Needs(spec, config, options, stored, free, block_bytes).remedies(),
+        )
+    try:
+        if team is not None:
+            team.ask("fill")
+        fill(prepared, progress)
+        if team is not None:
+            others = []
+            for left, warned in team.answers():
+                others.append(left)
+                for warning in warned:  # of weights of which this rank has another part
+                    warnings.warn(warning, stacklevel=2)
+    except MemoryError as error:  # fragmented, or taken by another process meanwhile
+        raise InsufficientMemoryError(
+            f"the weights, {format_bytes(num_bytes)}, could not be allocated",
+            Needs(spec, config, options, stored, num_bytes, block_bytes).remedies(),
+        ) from error
+    room = available() + num_bytes
+    found = describe_stored(files.spec, checkpoint.stored, options.formats, options.dtype)
+    texts = [str(each) for each in found if each.is_worth_a_line]
+    notes = (f"{files.path.name}: {'; '.join(texts)}",) if texts else ()
+    whole = runtime if team is None else RankedRuntime(runtime, team, shards)
+    loaded = LoadedRuntime(whole, options, 0, device, notes)
+    return loaded, Needs(spec, config, options, stored, room, block_bytes)
+
+
+def prepare(
+    files: ModelFiles,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    environment: Environment,
+    rank: Rank | None = None,
+) -> Prepared:
+    """A runtime, of the whole model or of a rank's part of it, and the weights for it."""
     from octavo import _native
 
-    environment = read_environment() if environment is None else environment
-    stored = checkpoint.formats
     checkpoint = quantize_checkpoint(
         checkpoint, files.spec, _scheme(config), keep_embedding=config.keep_embedding
     )
     device = resolve_device(config.device, _native.available_devices())
     if device == "cuda":
-        open_packaged_cublas()
+        open_packaged_libraries(config.tensor_parallel_size)
     options = resolve_options(files.spec, checkpoint.dtype, config, environment, device)
-    options = replace(options, formats=checkpoint.formats)
     if config.overlap_steps is None:
         options = replace(options, overlap_steps=device not in _HOST_DEVICES)
     spec = for_length(files.spec, options.max_model_len)
-    options = replace(options, rope_switch=spec.rope_switch)
-    runtime = _make_runtime(device, spec, options, config)
-    block_bytes = runtime.kv_bytes_per_block()
-    num_bytes = weight_bytes(files.spec, options.formats, options.dtype)
-    available = _available(runtime, device, num_bytes)
-    if num_bytes > available:
-        raise InsufficientMemoryError(
-            f"the weights take {format_bytes(num_bytes)} as "
-            f"{describe_dtypes(options.formats, options.dtype)}; {format_bytes(available)} are "
-            f"available",
-            Needs(files.spec, config, options, stored, available, block_bytes).remedies(),
-        )
-    try:
-        _load_weights(runtime, checkpoint, progress)
-    except MemoryError as error:  # fragmented, or taken by another process meanwhile
-        raise InsufficientMemoryError(
-            f"the weights, {format_bytes(num_bytes)}, could not be allocated",
-            Needs(files.spec, config, options, stored, num_bytes, block_bytes).remedies(),
-        ) from error
-    room = _available(runtime, device) + num_bytes
-    found = describe_stored(files.spec, checkpoint.stored, options.formats, options.dtype)
-    texts = [str(each) for each in found if each.is_worth_a_line]
-    notes = (f"{files.path.name}: {'; '.join(texts)}",) if texts else ()
-    loaded = LoadedRuntime(runtime, options, 0, device, notes)
-    return loaded, Needs(files.spec, config, options, stored, room, block_bytes)
+    options = replace(options, rope_switch=spec.rope_switch, formats=checkpoint.formats)
+    if rank is None:
+        runtime = _make_runtime(device, spec, options, config)
+        return Prepared(runtime, checkpoint, options, spec, device, {}, None)
+    part = shard_spec(spec, rank.number, rank.size)
+    cuts = shards(spec, part, rank.number, rank.size)
+    checkpoint = shard_checkpoint(checkpoint, cuts)
+    options = replace(
+        options,
+        formats=checkpoint.formats,
+        num_threads=threads_of_rank(options.num_threads, rank.size),
+        rank=rank.number,
+        world_size=rank.size,
+        device_index=rank.device_index(device),
+    )
+    with on_own_cores(rank):
+        runtime = _make_runtime(device, part, options, config, rank.group)
+    return Prepared(runtime, checkpoint, options, part, device, cuts, rank)
 
 
 def _make_runtime(
-    device: str, spec: ModelSpec, options: RuntimeOptions, config: EngineConfig
+    device: str,
+    spec: ModelSpec,
+    options: RuntimeOptions,
+    config: EngineConfig,
+    group: _native.RankGroup | None = None,
 ) -> _native.Runtime:
     """The runtime, with room for weights and steps; too little room is an error with advice."""
     from octavo import _native
@@ -147,7 +267,7 @@ def _make_runtime(
     try:
         # A branch of drafts is to the core one more sequence of the step.
         most = options.max_num_seqs + options.num_spare_seqs
-        return _native.Runtime(device, spec, replace(options, max_num_seqs=most))
+        return _native.Runtime(device, spec, replace(options, max_num_seqs=most), group)
     except ValueError as error:  # an instruction set or a device that this machine lacks
         raise InvalidArgumentError(str(error)) from error
     except MemoryError as error:  # on the host: `ulimit -v`; nothing large is touched yet
@@ -173,8 +293,9 @@ def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions, config: Eng
     """Whether there is memory for the runtime and the cache of one sequence."""
     from octavo import _native
 
+    options = replace(options, rank=0, world_size=1)  # others are not needed for a try
     try:
-        runtime = _native.Runtime(device, spec, options)
+        runtime = _native.Runtime(device, replace(spec, head_part=0, head_parts=1), options)
     except MemoryError:
         return False
     num_blocks = config.num_kv_blocks or options.kv_groups(spec).blocks_of(options.max_model_len)
@@ -260,56 +381,12 @@ def num_spare_seqs(config: EngineConfig) -> int:
     return (drafts.most_chains - 1) * min(config.max_num_seqs, _BRANCHING_SEQS)
 
 
-def plan_kv_blocks(needs: Needs, available: int) -> int:
-    """How many blocks the KV cache gets of so many bytes.
-
-    As many as kv_memory_fraction of them holds, but no more than all sequences at their longest
-    could use; or exactly num_kv_blocks where that is given. Raises InsufficientMemoryError, with
-    advice, where there is too little memory, and InvalidArgumentError where num_kv_blocks is too
-    few for one sequence of max_model_len.
-    """
-    config, options, block_bytes = needs.config, needs.options, needs.block_bytes
-    groups = options.kv_groups(needs.spec)
-    blocks_per_sequence = groups.blocks_of(options.max_model_len)
-    if config.num_kv_blocks is not None:
-        num_blocks = config.num_kv_blocks
-        if num_blocks < blocks_per_sequence:
-            held = groups.longest(num_blocks)
-            fits = blocks_per_sequence * block_bytes <= available
-            raise InvalidArgumentError(
-                f"num_kv_blocks is {num_blocks}, which holds {held} tokens; expected at least "
-                f"{blocks_per_sequence}, enough for one sequence of max_model_len = "
-                f"{options.max_model_len}: {'raise it, or ' if fits else ''}lower max_model_len to "
-                f"{held}"
-            )
-        if num_blocks * block_bytes > available:
-            raise InsufficientMemoryError(
-                f"num_kv_blocks is {num_blocks}, which takes "
-                f"{format_bytes(num_blocks * block_bytes)} as {options.kv_dtype}; "
-                f"{format_bytes(available)} are available",
-                needs.remedies(),
-            )
-        return num_blocks
-    budget = int(available * config.kv_memory_fraction)
-    num_blocks = min(budget // block_bytes, blocks_per_sequence * options.max_num_seqs)
-    if num_blocks < blocks_per_sequence:
-        raise InsufficientMemoryError(
-            f"one sequence of max_model_len = {options.max_model_len} tokens needs a KV cache of "
-            f"{format_bytes(blocks_per_sequence * block_bytes)} as {options.kv_dtype}; it may "
-            f"take {format_bytes(budget)} (kv_memory_fraction = {config.kv_memory_fraction:g} of "
-            f"the {format_bytes(available)} available)",
-            needs.remedies(),
-        )
-    return num_blocks
-
-
-def _load_weights(
-    runtime: _native.Runtime, checkpoint: Checkpoint, progress: LoadProgress | None
-) -> None:
+def fill(prepared: Prepared, progress: LoadProgress | None = None) -> None:
     """Load the weights run by run; the next one is read meanwhile, and no more."""
+    runtime, checkpoint = prepared.runtime, prepared.checkpoint
     loaded = 0
     runs = checkpoint.checked_runs()
-    with ThreadPoolExecutor(1) as reader:
+    with on_own_cores(prepared.rank), ThreadPoolExecutor(1) as reader:
         following = reader.submit(next, runs, None)
         while run := following.result():
             following = reader.submit(next, runs, None)

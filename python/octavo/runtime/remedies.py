@@ -1,4 +1,7 @@
-"""Options with which a model would fit in memory: each is computed before it is advised."""
+"""The size of the KV cache, and options with which a model would fit in memory.
+
+Each of them is computed before it is advised.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from octavo.config import EngineConfig, RuntimeOptions
+from octavo.errors import InsufficientMemoryError, InvalidArgumentError
+from octavo.machine import format_bytes
 from octavo.models.layer import linear_nodes
 from octavo.models.spec import ModelSpec, WeightFormat
 from octavo.quantization.plan import resolved_formats, weight_bytes
@@ -122,3 +127,46 @@ class Needs:
         quantize, kept = config.quantize, config.keep_embedding
         formats = resolved_formats(self.spec, self.stored, quantize, kept)
         return weight_bytes(self.spec, formats, self._dtype(config))
+
+
+def plan_kv_blocks(needs: Needs, available: int) -> int:
+    """How many blocks the KV cache gets of so many bytes.
+
+    As many as kv_memory_fraction of them holds, but no more than all sequences at their longest
+    could use; or exactly num_kv_blocks where that is given. Raises InsufficientMemoryError, with
+    advice, where there is too little memory, and InvalidArgumentError where num_kv_blocks is too
+    few for one sequence of max_model_len.
+    """
+    config, options, block_bytes = needs.config, needs.options, needs.block_bytes
+    groups = options.kv_groups(needs.spec)
+    blocks_per_sequence = groups.blocks_of(options.max_model_len)
+    if config.num_kv_blocks is not None:
+        num_blocks = config.num_kv_blocks
+        if num_blocks < blocks_per_sequence:
+            held = groups.longest(num_blocks)
+            fits = blocks_per_sequence * block_bytes <= available
+            raise InvalidArgumentError(
+                f"num_kv_blocks is {num_blocks}, which holds {held} tokens; expected at least "
+                f"{blocks_per_sequence}, enough for one sequence of max_model_len = "
+                f"{options.max_model_len}: {'raise it, or ' if fits else ''}lower max_model_len to "
+                f"{held}"
+            )
+        if num_blocks * block_bytes > available:
+            raise InsufficientMemoryError(
+                f"num_kv_blocks is {num_blocks}, which takes "
+                f"{format_bytes(num_blocks * block_bytes)} as {options.kv_dtype}; "
+                f"{format_bytes(available)} are available",
+                needs.remedies(),
+            )
+        return num_blocks
+    budget = int(available * config.kv_memory_fraction)
+    num_blocks = min(budget // block_bytes, blocks_per_sequence * options.max_num_seqs)
+    if num_blocks < blocks_per_sequence:
+        raise InsufficientMemoryError(
+            f"one sequence of max_model_len = {options.max_model_len} tokens needs a KV cache of "
+            f"{format_bytes(blocks_per_sequence * block_bytes)} as {options.kv_dtype}; it may "
+            f"take {format_bytes(budget)} (kv_memory_fraction = {config.kv_memory_fraction:g} of "
+            f"the {format_bytes(available)} available)",
+            needs.remedies(),
+        )
+    return num_blocks

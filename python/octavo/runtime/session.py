@@ -100,8 +100,6 @@ class Session:
         (): none, and the step ends before the head. taps: names, or "*" for all.
         Raises ValueError where a sequence outgrows its blocks, and the errors of the runtime.
         """
-        from octavo import _native
-
         sequences = list(new)
         starts = np.cumsum([0, *map(len, new.values())], dtype=np.int32)
         lengths = self._lengths[sequences] + np.diff(starts)
@@ -115,7 +113,7 @@ class Session:
         self._lengths[sequences] = lengths
         tables = self._blocks[sequences, : held.max()]
         tables[np.arange(held.max()) >= held[:, None]] = -1
-        batch = _native.Batch(
+        batch = self.loaded.make_batch(
             token_ids=np.concatenate([np.asarray(tokens, np.int32) for tokens in new.values()]),
             row_starts=starts,
             context_lens=lengths,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,8 @@ class Amateur:
                 f"the amateur {model!r} has {files.spec.vocab_size} tokens; expected {vocab_size}, "
                 f"as the model that it is to be compared with: take one of the same family"
             )
+        # Small enough for one process, and perhaps not to be divided as the large model is.
+        config = replace(config, tensor_parallel_size=1)
         checkpoint = open_checkpoint(files, config.load_format, config.seed)
         self._session = Session(load_runtime(files, checkpoint, config, None, environment))
         self._session.need_one_rope()

@@ -29,6 +29,7 @@ from octavo.errors import (
     EngineStepError,
     InvalidArgumentError,
     OctavoError,
+    RankError,
     WrongProcessError,
 )
 from octavo.server.stream import EngineRequest, ResultStream, StatsReader, StepStats
@@ -263,7 +264,9 @@ class EngineThread:
             if self._stopping:
                 return
             steps_before = engine.num_steps
-            if engine.has_unfinished_requests:
+            if not engine.has_unfinished_requests:
+                _check_ranks(engine)
+            else:
                 was_idle = False
                 self._step(engine)
                 if engine.num_steps == steps_before and not self._outbox:
@@ -295,6 +298,8 @@ class EngineThread:
             for name in hit or list(self._streams):
                 self._outbox.append((self._streams[name], EngineStepError(message)))
                 self._abort(name)
+            if isinstance(error, RankError):  # no step can follow: /health says so
+                raise
             engine.check_integrity()
             return
         for chunk in chunks:
@@ -351,6 +356,11 @@ class EngineThread:
         with contextlib.suppress(RuntimeError):  # the loop has closed: there is no reader any more
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function)
+
+
+def _check_ranks(engine: Engine) -> None:
+    """Raise a RankError where a rank of a divided model has ended; only a step would notice it."""
+    getattr(engine.runtime, "check", lambda: None)()
 
 
 def _end_loading(program_ends: threading.Event, has_loaded: threading.Event, pid: int) -> None:

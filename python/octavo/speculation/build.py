@@ -71,6 +71,7 @@ def load_draft_model(
         max_num_seqs=config.max_num_seqs + num_spare_seqs(config),
         max_adapters=0,
         overlap_steps=False,
+        tensor_parallel_size=1,
     )
     files = replace(files, spec=with_kv_groups(files.spec, own.max_model_len))
     loaded, _ = load_without_cache(files, checkpoint, own, None, environment)

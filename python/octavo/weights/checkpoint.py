@@ -20,7 +20,7 @@ from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_codes import GgufCodes, stored_kinds
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
-from octavo.weights.reader import read_runs, read_weight, weight_info
+from octavo.weights.reader import read_runs, read_weight, rows_at_once, weight_info
 from octavo.weights.safetensors import SafetensorsFile, open_weight_files
 from octavo.weights.stored import FLOATS, Entry, StoredMatrix, StoredSource, with_alike_experts
 from octavo.weights.tensor import (
@@ -88,6 +88,17 @@ class Checkpoint(Mapping[str, Tensor]):
     def runs(self, name: str) -> Iterator[Tensor]:
         """A weight in runs of rows, at least one, so that a big table needs little memory."""
         return read_runs(self._source, self.places[name])
+
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first to last - 1 of a weight; whole heads of one whose rows are permuted."""
+        place = self.places[name]
+        begin, of = place.rows or (0, place.shape[0])
+        shape = (last - first, *place.shape[1:])
+        return read_weight(self._source, replace(place, shape=shape, rows=(begin + first, of)))
+
+    def rows_at_once(self, name: str) -> int:
+        """How many rows to read in one go, so that little memory is needed besides the result."""
+        return rows_at_once(self._source, self.places[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

@@ -49,9 +49,7 @@ def read_runs(source: TensorSource, wanted: WeightSource) -> Iterator[Tensor]:
         columns = tensor.data[:, first : first + num_rows]
         yield Tensor(np.ascontiguousarray(columns.T), tensor.dtype)
         return
-    step = source.rows_at_once(name)
-    if wanted.transform == "unpermute":
-        step = max(1, step // wanted.head_dim) * wanted.head_dim  # whole heads
+    step = rows_at_once(source, wanted)
     for row in range(first, first + num_rows, step):
         run = source.read_rows(name, row, min(row + step, first + num_rows))
         if wanted.transform == "plus_one":
@@ -59,6 +57,16 @@ def read_runs(source: TensorSource, wanted: WeightSource) -> Iterator[Tensor]:
         elif wanted.transform == "unpermute":
             run = Tensor(unpermute_rows(run.data, wanted.head_dim), run.dtype)
         yield run
+
+
+def rows_at_once(source: TensorSource, wanted: WeightSource) -> int:
+    """How many rows of the weight `read_runs` reads in one go."""
+    if wanted.transform == "transpose":
+        return wanted.shape[0]
+    step = source.rows_at_once(wanted.tensor)
+    if wanted.transform == "unpermute":
+        return max(1, step // wanted.head_dim) * wanted.head_dim  # whole heads
+    return step
 
 
 def whole_tensor(
