@@ -20,7 +20,7 @@ from common import slug, stamp
 
 from octavo import _native
 from octavo.bench.cases import Peak
-from octavo.machine import open_packaged_cublas
+from octavo.machine import open_packaged_libraries
 
 EMULATE = os.environ.get("EMULATE") == "1"
 OUT = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
@@ -29,7 +29,7 @@ DEVICE = "cuda_emulated" if EMULATE else "cuda"
 TORCH_DEVICE = "cpu" if EMULATE else "cuda"
 
 if not EMULATE:
-    open_packaged_cublas()
+    open_packaged_libraries()
 
 
 def path() -> Path:

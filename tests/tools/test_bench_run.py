@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,16 @@ import pytest
 from text_helpers import tiny_model
 
 from octavo import _native
-from octavo.bench.benchmark import BenchResult, Loading, Runner, bench, fit_config, hash_of
-from octavo.bench.cases import Case, make_cases
+from octavo.bench.benchmark import (
+    BenchResult,
+    Loading,
+    Runner,
+    bench,
+    fit_config,
+    hash_of,
+    measure_peak,
+)
+from octavo.bench.cases import Case, Peak, make_cases
 from octavo.bench.report import CSV_COLUMNS, HEADINGS, cells, to_csv, to_markdown
 from octavo.cli import main
 from octavo.config import EngineConfig, read_environment
@@ -185,6 +194,61 @@ def test_the_outputs(model: Path, quick_peak: None, capsys: pytest.CaptureFixtur
     assert "KV cache int8" in capsys.readouterr().out
     assert "tg3 @ d5" in table and "% of limit" in table and "limits measured" in table
     assert "loaded in" in table and "KV cache 0 MiB" in table
+
+
+@pytest.mark.usefixtures("quick_peak")
+def test_ranks_are_counted_together(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads, weights, work and limits are those of all; the gates compare within the ranks."""
+    measured = []
+    bandwidth = _native.measure_bandwidth
+    monkeypatch.setattr(
+        _native,
+        "measure_bandwidth",
+        lambda threads, *given: measured.append(threads) or bandwidth(threads, *given),
+    )
+    one = run(model, num_threads=1)
+    two = run(model, num_threads=1, tensor_parallel_size=2)
+    assert one.passed and two.passed
+    assert (one.num_threads, two.num_threads) == (1, 2) and measured == [1, 2]
+    assert (one.tensor_parallel_size, two.tensor_parallel_size) == (1, 2)
+    assert two.weight_bytes > one.weight_bytes and two.num_parameters == one.num_parameters
+    assert "2 threads of 2 ranks" in to_markdown(two) and "before (rank 0)" in to_markdown(two)
+    assert "1 threads, " in to_markdown(one) and "rank" not in to_markdown(one)
+    assert json.loads(json.dumps(two.to_json()))["tensor_parallel_size"] == 2
+    assert [row["tensor_parallel_size"] for row in csv.DictReader(io.StringIO(to_csv(two)))] == [
+        "2"
+    ] * len(CASES)
+
+
+@pytest.mark.parametrize(("kv_heads", "vocab"), [(2, 512), (1, 512), (2, 307)])
+def test_the_work_of_ranks(tmp_path: Path, kv_heads: int, vocab: int) -> None:
+    """That of the whole model; what each rank has whole is read, and computed, by each."""
+    fields = {"num_attention_heads": 4, "head_dim": 32, "vocab_size": vocab}
+    shape = json.loads((SHAPES / "tiny" / "config.json").read_text(encoding="utf-8"))
+    shape |= {**fields, "num_key_value_heads": kv_heads}
+    (tmp_path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    case = Case("decode", 3, 2, 20)
+    works = []
+    for ranks in (1, 2):
+        loaded, spec = load(tmp_path, [case], tensor_parallel_size=ranks, num_threads=1)
+        works.append(Runner(loaded, spec, None).work(case))
+    hidden, layers, steps, attended = 128, 2, 3, 2 * (21 + 22 + 23)
+    copied = 2 * 32 * layers * (kv_heads == 1)  # outputs of k and v
+    head = vocab * (vocab == 307)  # which two ranks cannot share
+    vectors = 4 * hidden * (2 * layers + 1)
+    more = works[1].num_operations - works[0].num_operations
+    assert more == 2 * (copied + head) * hidden * case.tokens
+    read = works[1].num_bytes - works[0].num_bytes
+    expected = steps * (2 * (copied + head) * hidden + vectors) + 2 * copied * attended
+    # Tables of rope, and rows up to a multiple of 32, are in memory, too, but not in the formula.
+    assert read == pytest.approx(expected, abs=steps * 3 * 2**13)
+
+
+def test_the_limits_of_gpus_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.bench.benchmark.measure_cuda", lambda: Peak(3e12, 9e14, "bf16"))
+    loaded = SimpleNamespace(device="cuda", options=SimpleNamespace(world_size=4))
+    peak = measure_peak(loaded, 1, lambda *_: None)  # type: ignore[arg-type]
+    assert peak == Peak(12e12, 36e14, "bf16")
 
 
 def test_a_row_without_a_measured_machine(model: Path) -> None:

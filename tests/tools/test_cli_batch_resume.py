@@ -95,6 +95,7 @@ OPTIONS = {
     "quantize": (["--quantize", "int4"], 'quantize was left out and is "int4"'),
     "dtype": (["--dtype", "f32"], 'dtype was "bf16" and is "f32"'),
     "kv_dtype": (["--kv-dtype", "int8"], 'kv_dtype was "bf16" and is "int8"'),
+    "ranks": (["-tp", "2"], "tensor_parallel_size was left out and is 2"),
     "max_model_len": (["--max-model-len", "128"], "max_model_len was 256 and is 128"),
     "dummy weights": (["--seed", "1"], 'load_format was "dummy, of seed 0" and is'),
 }

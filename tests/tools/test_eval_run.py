@@ -47,6 +47,19 @@ def run(model: Path, text: Path | None, config: dict[str, Any], **request: Any) 
     )
 
 
+def test_ranks_score_as_one_process_does(
+    model: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = run(model, text, {"dtype": "f32"}, window=40)
+    two = run(model, text, {"dtype": "f32", "tensor_parallel_size": 2}, window=40)
+    assert two.model.perplexity.value == pytest.approx(one.model.perplexity.value, rel=1e-5)
+    assert (one.model.tensor_parallel_size, two.model.tensor_parallel_size) == (1, 2)
+    assert two.model.weight_bytes > one.model.weight_bytes
+    arguments = ["eval", str(model), "--load-format", "dummy", "--text", str(text), "-tp", "2"]
+    assert main([*arguments, "--window", "40"]) == 0
+    assert "2 ranks" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("window", "stride"), [(96, 48), (40, 40), (33, 7)])
 def test_perplexity_is_the_references(model: Path, text: Path, window: int, stride: int) -> None:
     """Each window by the NumPy model from scratch, and each token scored by the rule."""

@@ -15,9 +15,10 @@ from octavo import _native
 from octavo.cli.app import run
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.errors import InvalidArgumentError
+from octavo.llm import LLM
 from octavo.models.kv_groups import with_kv_groups
 from octavo.models.spec import ModelSpec
-from octavo.plan.devices import GPUS, find_gpu
+from octavo.plan.devices import GPUS, Device, find_gpu
 from octavo.plan.memory import activation_bytes, block_bytes
 from octavo.plan.plan import USABLE, ModelToPlan, Plan, Request, make_plan
 from octavo.weights.model_files import read_model
@@ -112,7 +113,11 @@ def test_impossible_requests_are_refused_with_the_smallest_change() -> None:
     assert not plan.fits and plan.largest == 8
     assert plan.remedies[0] == {"kv_dtype": "int8"} and {"concurrency": 8} in plan.remedies
     plan = planned("a100-40", Request(131072, 32))
-    assert plan.remedies == ({"concurrency": 8}, {"context": 35792})
+    assert plan.remedies[:3] == (
+        {"tensor_parallel_size": 4},
+        {"concurrency": 8},
+        {"context": 35792},
+    )
     assert "quantize" not in str(plan.remedies), "weights in 4 bits would not be enough"
 
 
@@ -126,7 +131,7 @@ def test_where_no_option_is_enough_two_are(gigabytes: float) -> None:
         return make_plan(llama(), EngineConfig(**config), request, device, ENVIRONMENT)
 
     remedies = plan(1024).remedies
-    assert remedies and all("tensor_parallel" not in changes for changes in remedies)
+    assert remedies and all("tensor_parallel_size" not in changes for changes in remedies)
     for changes in map(dict, remedies):
         assert len(changes) > 1
         most = changes.pop("concurrency", None)
@@ -156,17 +161,104 @@ def test_every_remedy_fits_and_is_needed(gpu: str, request_: Request) -> None:
     for changes in plan.remedies:
         of_request = {k: v for k, v in changes.items() if k in ("context", "concurrency")}
         config = {k: v for k, v in changes.items() if k in ("quantize", "kv_dtype")}
-        assert planned(gpu, replace(request_, **of_request), **config).fits
+        ranks = changes.get("tensor_parallel_size", 1)
+        assert planned(gpu, replace(request_, **of_request, ranks=ranks), **config).fits
+        if ranks > 1:
+            assert not planned(gpu, replace(request_, ranks=ranks // 2)).fits
         for name, value in of_request.items():
             assert not planned(gpu, replace(request_, **{name: value + 64})).fits
 
 
 def test_several_gpus_share_matrices_and_cache() -> None:
-    one, four = planned("h100", Request(4096, 16)), planned("h100", Request(4096, 16, 4))
-    assert four.memory.weights == pytest.approx(one.memory.weights / 4, rel=0.001)
+    """The embedding is whole on each; there are 8 key and value heads, of which 16 have copies."""
+    one, four, sixteen = (planned("h100", Request(4096, 16, ranks)) for ranks in (1, 4, 16))
+    embedding = 2 * 262_668_288  # which is the head, too
+    layers = one.memory.weights - embedding
+    assert four.memory.weights == pytest.approx(layers / 4 + 1.25 * embedding, rel=0.001)
     assert four.memory.kv_cache * 4 == one.memory.kv_cache
-    with pytest.raises(InvalidArgumentError, match="8 KV heads|expected 1, 2, 4"):
-        planned("h100", Request(4096, 16, 3))
+    assert sixteen.memory.kv_cache * 8 == one.memory.kv_cache
+    # Reading takes a part of the time: the layers' and the head's, not the embedding's.
+    device = GPUS["h100"]
+    exchanges = (2 * 16 + 1) * 10e-6
+    overhead = device.step_overhead + 16 * 9 * 2.5e-6  # no fused layers of five kernels
+    attended = one.memory.kv_cache * 4095 / 4096
+    read = (layers + embedding + attended) / 4 / device.bandwidth
+    assert four.speed.decode_step == pytest.approx(overhead + exchanges + read, rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", [0, 3, 64])
+def test_what_the_engine_refuses_to_divide(ranks: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"tensor.parallel.size is"):
+        planned("h100", Request(4096, 16, ranks))
+
+
+def test_a_group_of_inputs_is_not_cut_in_two() -> None:
+    """96 inputs in groups of 32 among two ranks: 48 of them have one and a half scales."""
+    spec = tiny_spec()
+    narrow = tuple(replace(layer, intermediate_size=96) for layer in spec.layers)
+    model = ModelToPlan(replace(spec, layers=narrow), "bf16", {})
+    arguments = (Request(64, 1, 2), GPUS["h100"], ENVIRONMENT)
+    with pytest.raises(InvalidArgumentError, match="groups of 32, which have one scale"):
+        make_plan(model, EngineConfig(quantize="int4"), *arguments)
+    assert make_plan(model, EngineConfig(quantize="int8"), *arguments).fits
+
+
+def processor(memory: int = 2**33) -> Device:
+    return Device("cpu", "a processor", memory, 3e10, 1e12, (), reserved=2**25, is_gpu=False)
+
+
+def write_shape(folder: Path, **fields: Any) -> Path:
+    """The tiny shape, of four heads and with a vocabulary that two ranks can share."""
+    config = json.loads((SHAPE.parent / "tiny" / "config.json").read_text(encoding="utf-8"))
+    config |= {"num_attention_heads": 4, "head_dim": 32, "vocab_size": 512, **fields}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    ("kv_heads", "vocab", "tied"), [(2, 512, True), (1, 512, False), (2, 307, True)]
+)
+def test_bytes_of_ranks_are_those_of_the_engine(
+    tmp_path: Path, quantize: str | None, kv_heads: int, vocab: int, tied: bool
+) -> None:
+    """Ranks on the CPU; with one head of keys and values both have it, and its cache."""
+    shape = {"num_key_value_heads": kv_heads, "vocab_size": vocab, "tie_word_embeddings": tied}
+    folder = write_shape(tmp_path, **shape)
+    model, request = ModelToPlan.of(read_model(folder)), Request(256, 5)
+    sizes = {"max_model_len": 256, "max_num_seqs": 5, "num_kv_blocks": 80, "num_threads": 1}
+    tables = 0  # of rope, and the like, which the plan leaves out; each rank has them
+    for ranks in (1, 2):
+        config = EngineConfig(quantize=quantize)  # type: ignore[arg-type]
+        plan = make_plan(model, config, replace(request, ranks=ranks), processor(), ENVIRONMENT)
+        llm = LLM(
+            folder,
+            **{"load_format": "dummy", "quantize": quantize, "tensor_parallel_size": ranks},
+            **sizes,
+        )
+        memory = llm.engine.runtime.memory()
+        assert memory["kv_cache"] == ranks * plan.memory.kv_cache
+        predicted = ranks * plan.memory.activations
+        assert memory["workspace"] == pytest.approx(predicted, rel=0.02, abs=8192)
+        more = memory["weights"] - ranks * plan.memory.weights
+        if ranks == 1:
+            tables = more
+        # Rows that kernels take 32 at a time: a head of 307 has 13 more on each rank.
+        assert more == pytest.approx(ranks * tables, abs=1024)
+
+
+def test_ranks_on_the_cpu_share_the_machine() -> None:
+    one, two = (
+        make_plan(llama(), EngineConfig(), Request(512, 4, ranks), processor(), ENVIRONMENT)
+        for ranks in (1, 2)
+    )
+    assert two.usable == int(2**32 * USABLE) and one.usable == int(2**33 * USABLE)
+    assert two.memory.weights > one.memory.weights / 2, "the embedding is there twice"
+    # The same is read and computed in all; the embedding's rows do not count.
+    assert two.speed.decode == pytest.approx(one.speed.decode, rel=0.001)
+    assert two.speed.prefill == pytest.approx(one.speed.prefill, rel=0.001)
+    crowded = make_plan(llama(), EngineConfig(), Request(512, 4, 2), processor(2**31), ENVIRONMENT)
+    assert not crowded.fits and "tensor_parallel_size" not in str(crowded.remedies)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +267,23 @@ def test_several_gpus_share_matrices_and_cache() -> None:
 def test_unknown_gpus_are_refused(name: str, said: str) -> None:
     with pytest.raises(InvalidArgumentError, match=said):
         find_gpu(name)
+
+
+def test_how_ranks_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for name in ("-tp", "--tensor-parallel", "--tensor-parallel-size"):
+        assert run(["plan", str(SHAPE), "--gpu", "h100", name, "4", "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0] == said[1] == said[2] and said[0]["request"]["ranks"] == 4
+    arguments = ["plan", str(SHAPE), "--gpu", "h100", "-c", "131072", "-b", "64"]
+    assert run(arguments) == 1
+    assert "it fits with --tensor-parallel-size 4" in " ".join(capsys.readouterr().err.split())
+    assert run([*arguments, "-tp", "2"]) == 1
+    shown = capsys.readouterr()
+    assert "by each of 2 ranks" in " ".join(shown.err.split())
+    assert "Memory of each of 2 ranks" in shown.out and "not been run" in shown.out
+    assert run([*arguments, "-tp", "3"]) == 2
+    assert "use 2, 4, 8, 16, 32 or 1" in capsys.readouterr().err
 
 
 def test_what_a_user_sees(capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,3 +317,6 @@ def test_measured_beside_predicted(
     assert run([*arguments, "--check"]) == 0
     shown = capsys.readouterr().out
     assert "measured" in shown and "Memory within 5%: yes" in shown
+    assert run([*arguments, "--check", "-tp", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "in 2 processes" in shown and "Memory within 5%: yes" in shown

@@ -241,6 +241,13 @@ def test_the_machine_is_told_as_far_as_the_file_holds_it(
     jsonschema.validate(convert(content, "x")["machine"], schema)
 
 
+def test_the_ranks_of_a_divided_model_are_told(tmp_path: Path) -> None:
+    for ranks, expected in ((1, []), (4, ["- ranks: 4"])):
+        (tmp_path / "x.json").write_text(json.dumps({**BENCH, "tensor_parallel_size": ranks}))
+        lines = tables(read_results(tmp_path / "x.json"))
+        assert [line for line in lines if line.startswith("- ranks")] == expected
+
+
 def test_the_tables(file: Path) -> None:
     lines = list(tables(read_results(file)))
     assert "### Decoding, one sequence: 16 in, 8 out" in lines

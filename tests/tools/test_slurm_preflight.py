@@ -153,7 +153,10 @@ def test_time_and_memory_are_those_of_the_plan(
     assert found["memory"][0] == "ok" and "4000 x 512 tokens" in found["memory"][1]
     code, found = checks_of(capsys, "bench", "-m", "llama", "-b", "4600,1", "--time", "1:00:00")
     assert code == 1 and found["memory"][0] == "failed"
-    assert "with --kv-dtype int8, or --batch-sizes 42" in found["memory"][1]
+    assert (
+        "with --kv-dtype int8, or --tensor-parallel-size 2, or --batch-sizes 42"
+        in found["memory"][1]
+    )
     edit(place / "site.yaml", f"source: {place}/source\n", "")
     code, found = checks_of(capsys, "diff", "-m", "llama", "--time", "1")
     assert code == 0 and found["time"][0] == "ok"
@@ -161,6 +164,18 @@ def test_time_and_memory_are_those_of_the_plan(
     options = ("-m", "llama", "-i", "in.jsonl", "--time", "10")
     code, found = checks_of(capsys, "batch", *options)
     assert code == 0 and found["time"][0] == "warning" and "comes back about" in found["time"][1]
+
+
+def test_the_memory_is_that_of_each_gpu(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The weights take 2.3 GiB, or 1.1 on each of four GPUs, which have the embedding whole."""
+    (place / "home" / "models" / "llama").symlink_to(LLAMA)
+    options = ("bench", "-m", "llama", "-b", "8000", "--time", "1:00:00")
+    code, found = checks_of(capsys, *options)
+    assert code == 1 and "--tensor-parallel-size 4" in found["memory"][1]
+    code, found = checks_of(capsys, *options, "-tp", "4")
+    assert found["memory"][0] == "ok" and "SXM on each of 4, for 8000 x" in found["memory"][1]
+    code, found = checks_of(capsys, *options, "-tp", "3")
+    assert code == 1 and "32 attention heads, which cannot be divided" in found["memory"][1]
 
 
 def test_a_module_is_one_word_of_the_shell(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

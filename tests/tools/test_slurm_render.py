@@ -114,6 +114,10 @@ REFUSED = {
     "too long": ({"time": "5-0"}, "gives h100 jobs at most 3-00:00:00"),
     "no GPU": ({"kind": "gpu", "node": "cpu"}, "cpu of pace has no GPU"),
     "a line break": ({"extra": ("--stop", "\n")}, "cannot hold it"),
+    "no ranks": ({"tensor_parallel_size": 0}, "--tensor-parallel-size is 0; expected a number"),
+    "ranks of diff": ({"kind": "diff", "tensor_parallel_size": 2}, "2, which a diff job does not"),
+    "ranks behind": ({"extra": ("-tp", "2")}, "-tp stands behind `--`"),
+    "ranks behind, too": ({"extra": ("--tensor-parallel-size=2",)}, "would ask for one GPU only"),
     "a folder": ({"results": "a b"}, "--results is 'a b'; expected a path without"),
 }
 
@@ -125,6 +129,42 @@ def test_jobs_that_cannot_be_are_refused(name: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         render(JobRequest(**given), read_site(PACE))  # type: ignore[arg-type]
     assert said in str(caught.value)
+
+
+GRES = {
+    "gpu:h100:1": "gpu:h100:4",
+    "gpu": "gpu:4",
+    "gpu:1": "gpu:4",
+    "gpu:h100": "gpu:h100:4",
+    "gpu:1g.10gb:1,lscratch:100": "gpu:1g.10gb:4,lscratch:100",
+}
+
+
+@pytest.mark.parametrize("gres", GRES)
+def test_a_divided_model_has_as_many_gpus_of_one_node(tmp_path: Path, gres: str) -> None:
+    node = f'{{gres: "{gres}", gpus: 4, memory: 30G}}'
+    site = site_of(tmp_path, LEAST.replace("cpu: {}", f"h100: {node}, cpu: {{}}"))
+    text = render(JobRequest("serve", "c", "h100", tensor_parallel_size=4), site)
+    lines = [line.partition(" ")[2] for line in text.splitlines() if line.startswith("#SBATCH")]
+    for wanted in (f"--gres={GRES[gres]}", "--nodes=1", "--cpus-per-task=16", "--mem=120G"):
+        assert wanted in lines
+    assert "--device cuda --tensor-parallel-size 4" in text
+    assert request_of(text).tensor_parallel_size == 4
+    assert f"--gres={gres}\n" in render(JobRequest("serve", "c", "h100"), site)
+    with pytest.raises(InvalidArgumentError, match="h100 of here has 4 GPUs; expected no more"):
+        render(JobRequest("serve", "c", "h100", tensor_parallel_size=5), site)
+
+
+def test_ranks_on_a_node_without_gpus_share_it(tmp_path: Path) -> None:
+    text = render(JobRequest("bench", "c", "cpu", tensor_parallel_size=2), site_of(tmp_path, LEAST))
+    assert "--device cpu --tensor-parallel-size 2" in text and "gres" not in text
+    assert "--cpus-per-task=4\n" in text and "--mem=32G\n" in text
+
+
+def test_a_gres_without_gpus(tmp_path: Path) -> None:
+    site = site_of(tmp_path, LEAST.replace("cpu: {}", "h100: {gres: h100:1}"))
+    with pytest.raises(InvalidArgumentError, match="gres is 'h100:1', from which a job of 2 GPUs"):
+        render(JobRequest("serve", "c", "h100", tensor_parallel_size=2), site)
 
 
 def test_rows_are_formats_times_batch_sizes() -> None:
@@ -201,6 +241,7 @@ EXAMPLES = {
     "pace-batch-a100": "batch --gpu a100-40 -m ORG/NAME -i prompts.jsonl -f bf16,int8,int4 --time "
     "8:00:00 -- --max-tokens 200",
     "pace-serve-h200": "serve --gpu h200 -m ORG/NAME -- --max-num-seqs 128",
+    "pace-serve-70b-h100": "serve --gpu h100 -m ORG/NAME-70B -tp 4 -- --max-num-seqs 128",
     "pace-eval-h100": "eval --gpu h100 -m ORG/NAME -f bf16,int8,int4",
     "pace-diff-cpu": "diff --gpu cpu -m ORG/NAME -f f32,bf16",
     "pace-gpu-h100": "gpu --gpu h100 --time 0:30:00 -- lease",

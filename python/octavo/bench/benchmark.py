@@ -18,8 +18,9 @@ from octavo.bench.cases import BYTES, Case, Peak, Work, least_seconds, streamed_
 from octavo.bench.peak import measure, measure_cuda
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.errors import InvalidArgumentError
-from octavo.machine import processor, resident_memory
+from octavo.machine import processor, resident_memory, threads_of_rank
 from octavo.models.adapter import Adapter
+from octavo.models.shards import shard_spec
 from octavo.models.spec import ModelSpec
 from octavo.progress import StageProgress
 from octavo.quantization.plan import describe_dtypes, expert_bytes
@@ -85,7 +86,7 @@ class Loading:
     """What it took to load the model. kv_bytes: as much cache as the cases need.
 
     resident_bytes: what the process took before, and at most until it was loaded, files mapped into
-    memory included; None where the system does not tell.
+    memory included; None where the system does not tell. Of several ranks' processes, the first.
     """
 
     seconds: float
@@ -96,7 +97,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All that `octavo bench` tells."""
+    """All that `octavo bench` tells: weight_bytes, num_threads and peak are those of all ranks."""
 
     model: str
     num_parameters: int
@@ -114,6 +115,7 @@ class BenchResult:
     peak: Peak | None
     rows: tuple[Row, ...]
     loading: Loading | None = None
+    tensor_parallel_size: int = 1
     adapters: tuple[str, ...] = ()  # their folders; sequences have them in turn
 
     @property
@@ -163,7 +165,8 @@ def bench(
     loading = Loading(seconds, loaded.runtime.memory()["kv_cache"], *residents)
     info = _native.build_info()
     options = loaded.options
-    threads = options.num_threads or int(info["physical_cores"])
+    ranks = options.world_size
+    threads = ranks * threads_of_rank(options.num_threads, ranks)
     peak = measure_peak(loaded, threads, progress)
     runner = Runner(loaded, files.spec, peak, loras)
     rows = []
@@ -188,6 +191,7 @@ def bench(
         peak=peak,
         rows=tuple(rows),
         loading=loading,
+        tensor_parallel_size=ranks,
         adapters=tuple(map(str, adapters)),
     )
 
@@ -208,11 +212,14 @@ def fit_config(config: EngineConfig, cases: Sequence[Case]) -> EngineConfig:
 
 
 def measure_peak(loaded: LoadedRuntime, num_threads: int, progress: StageProgress) -> Peak | None:
-    """The limits of the machine, or of its GPU; None for the emulated one."""
+    """The limits of the machine, or of the GPUs in use together; None for emulated ones."""
     if loaded.device not in ("cpu", "cuda"):
         return None
     progress("measuring the machine", 0, 1)
-    return measure_cuda() if loaded.device == "cuda" else measure(loaded.options, num_threads)
+    if loaded.device == "cpu":
+        return measure(loaded.options, num_threads)
+    peak, gpus = measure_cuda(), loaded.options.world_size
+    return replace(peak, bandwidth=gpus * peak.bandwidth, flops=gpus * peak.flops)
 
 
 class Runner:
@@ -233,8 +240,12 @@ class Runner:
         self.weight_bytes = loaded.runtime.memory()["weights"]
         embed = self._options.formats.get("embed")
         kind = self._options.dtype if embed is None else embed.dtype
-        self.step_bytes = streamed_bytes(spec, self.weight_bytes, BYTES[kind])
-        self._expert_bytes = expert_bytes(spec, self._options.formats, self._options.dtype)
+        # All ranks have parts of the same size, and read and compute the same.
+        self._ranks = self._options.world_size
+        self._part = shard_spec(spec, 0, self._ranks)
+        self._part_bytes = streamed_bytes(self._part, self.weight_bytes // self._ranks, BYTES[kind])
+        self.step_bytes = self._ranks * self._part_bytes
+        self._expert_bytes = expert_bytes(self._part, self._options.formats, self._options.dtype)
 
     def measure(self, case: Case, repetitions: int) -> Row:
         """Gate, one run to warm up, then the timed ones. No figure where the gate fails."""
@@ -252,9 +263,10 @@ class Runner:
         return replace(row, limit=limit, percent_of_limit=100 * least / mean)
 
     def work(self, case: Case) -> Work:
-        """The least that one run of a case reads and computes."""
+        """The least that one run of a case reads and computes, in all ranks together."""
         kv_dtype, chunk = self._options.kv_dtype, self._session.chunk
-        return work_of(case, self._spec, self.step_bytes, kv_dtype, chunk, self._expert_bytes)
+        work = work_of(case, self._part, self._part_bytes, kv_dtype, chunk, self._expert_bytes)
+        return Work(self._ranks * work.num_bytes, self._ranks * work.num_operations)
 
     def tokens(self, sequence: int, count: int) -> list[int]:
         """Random tokens of a sequence: the same in every case, and a longer run begins alike."""

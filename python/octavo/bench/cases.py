@@ -136,11 +136,12 @@ def _steps(case: Case, chunk: int) -> list[tuple[int, int]]:
 def matrices_work(
     case: Case, spec: ModelSpec, step_bytes: float, chunk: int, expert_bytes: float = 0.0
 ) -> Work:
-    """The part of `work_of` that is products with the weights."""
+    """The part of `work_of` that is products with the weights; of a rank, with its part of them."""
     moe = next((layer.moe for layer in spec.layers if layer.moe is not None), None)
     read = (step_bytes - expert_bytes * (1 - _chosen(moe, n)) for n, _ in _steps(case, chunk))
     rows = 1 if case.kind == "prefill" else case.tokens
-    weights = linear_weights(spec) * case.tokens + spec.vocab_size * spec.hidden_size * rows
+    head = spec.vocab_size // spec.head_parts * spec.hidden_size
+    weights = linear_weights(spec) * case.tokens + head * rows
     return Work(sum(read), 2.0 * weights)
 
 

@@ -15,7 +15,8 @@ HEADINGS = (
     *("% of limit", "limit", "logits", "gate"),
 )
 CSV_COLUMNS = (
-    *("model", "weights", "kv_dtype", "processor", "isa", "num_threads", "num_adapters"),
+    *("model", "weights", "kv_dtype", "processor", "isa", "num_threads"),
+    *("tensor_parallel_size", "num_adapters"),
     *("test", "kind", "num_tokens", "batch", "depth", "tokens_per_second", "deviation"),
     *("bytes_per_second", "flops", "percent_of_limit", "limit", "logits_hash", "gate", "date"),
 )
@@ -44,12 +45,15 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def header(result: BenchResult) -> list[str]:
     """What the figures were measured on, in four lines."""
+    ranks, computing = result.tensor_parallel_size, f"{result.num_threads} threads"
+    if ranks > 1:
+        computing = f"{ranks} GPUs" if result.device == "cuda" else f"{computing} of {ranks} ranks"
     lines = [
         f"{result.model}: {result.num_parameters / 1e6:,.1f} M parameters, "
         f"{result.weights} ({result.weight_bytes / 2**20:,.0f} MiB), KV cache {result.kv_dtype}"
         + (", random weights" if result.load_format == "dummy" else "")
         + (f", adapters {', '.join(result.adapters)}" if result.adapters else ""),
-        f"{result.processor}: {result.num_threads} threads, {result.isa}, {result.device}; "
+        f"{result.processor}: {computing}, {result.isa}, {result.device}; "
         f"{result.native['compiler']}; {result.date}",
     ]
     if result.loading is not None:
@@ -59,7 +63,7 @@ def header(result: BenchResult) -> list[str]:
             line += (
                 f"; {loading.resident_bytes_at_most / 2**20:,.0f} MiB in memory at most, of them "
                 f"{loading.resident_bytes_before / 2**20:,.0f} before"
-            )
+            ) + (" (rank 0)" if ranks > 1 else "")
         lines.append(line)
     if result.peak is not None:
         lines.append(

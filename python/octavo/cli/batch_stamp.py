@@ -155,6 +155,10 @@ def describe_run(
         "max_model_len": resolved.max_model_len,
         "quantize": config.quantize,
         "keep_embedding": config.keep_embedding or None,
+        # Sums of the ranks' parts are rounded in another order.
+        "tensor_parallel_size": None
+        if config.tensor_parallel_size == 1
+        else config.tensor_parallel_size,
         # On the CPU it changes nothing.
         "deterministic": (config.deterministic and device != "cpu") or None,
     }

@@ -176,7 +176,20 @@ class _Engine:
         ),
     ]
     num_threads: Annotated[
-        int, _model("CPU threads. 0: OCTAVO_NUM_THREADS, else one for each physical core.")
+        int,
+        _model(
+            "CPU threads of each process. 0: OCTAVO_NUM_THREADS, else one for each physical core, "
+            "or of a divided model for each of its share of them."
+        ),
+    ]
+    tensor_parallel_size: Annotated[
+        int,
+        _model(
+            "How many GPUs of this machine the model is divided among; on the CPU, how many "
+            "processes, each with a share of the cores.",
+            *("--tensor-parallel-size", "-tp"),
+            metavar="N",
+        ),
     ]
     load_format: Annotated[
         str,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli.common import FAILED, print_error, progress_bar
-from octavo.cli.options import ModelArgument, engine_options, option
+from octavo.cli.options import MODEL, ModelArgument, engine_options, option
 from octavo.config import EngineConfig, read_environment
 from octavo.machine import format_bytes
 
@@ -26,6 +26,7 @@ _DEVICES = (
 # What plans for another machine have no use for.
 _UNUSED = (
     "speculative_config",
+    "tensor_parallel_size",
     "device",
     "max_model_len",
     "num_threads",
@@ -47,12 +48,13 @@ def plan(
     concurrency: Annotated[
         int, option("Sequences that run at the same time.", "--concurrency", "-b", metavar="N")
     ] = 1,
-    tensor_parallel: Annotated[
+    tensor_parallel_size: Annotated[
         int,
         option(
-            "GPUs that share the matrices. This is arithmetic: octavo runs on one.",
-            *("--tensor-parallel", "-tp"),
+            "Among how many GPUs, or processes on the CPU, the model is divided.",
+            *("--tensor-parallel-size", "--tensor-parallel", "-tp"),
             metavar="N",
+            panel=MODEL,
         ),
     ] = 1,
     config: EngineConfig,
@@ -74,7 +76,7 @@ def plan(
     from octavo.plan.plan import ModelToPlan, Request, make_plan
 
     files = _read(model)
-    request = Request(context, concurrency, tensor_parallel)
+    request = Request(context, concurrency, tensor_parallel_size)
     environment = read_environment()
     to_plan = ModelToPlan.of(files)
     with progress_bar() as bar:
@@ -111,7 +113,7 @@ def _processor(to_plan: ModelToPlan, config: EngineConfig, request: Request, bar
 
     bar.update("measuring this machine", 0, 1)
     _, options = resolve(to_plan, config, request, read_environment(), is_gpu=False)
-    return this_processor(options, anonymous_memory() or 0)
+    return this_processor(options, anonymous_memory() or 0, request.ranks)
 
 
 def _check(planned: Plan, files: ModelFiles, config: EngineConfig, bar: Bar) -> Checked:
@@ -125,17 +127,17 @@ def _refusal(planned: Plan) -> str:
     from octavo.plan.plan import as_options
 
     memory, request = planned.memory, planned.request
+    each = "" if request.ranks == 1 else f" by each of {request.ranks} ranks"
     lines = [
         f"{format_bytes(memory.total)} are needed, and {format_bytes(planned.usable)} of "
-        f"{planned.device.title} can be used: it does not fit"
+        f"{planned.device.title} can be used{each}: it does not fit"
     ]
-    for changes in planned.remedies:
-        not_yet = " (octavo runs on one GPU so far)" if "tensor_parallel" in changes else ""
-        lines.append(f"  it fits with   {as_options(changes)}{not_yet}")
+    lines += [f"  it fits with   {as_options(changes)}" for changes in planned.remedies]
     if not planned.remedies:
+        gpus = ", also on several of these GPUs" if planned.device.is_gpu else ""
         lines.append(
-            f"  not even one sequence of {request.context:,} tokens fits, in int4 with an int8 "
-            "cache: use a smaller model or a device with more memory"
+            f"  not even one sequence of {request.context:,} tokens fits in int4 with an int8 "
+            f"cache{gpus}: use a smaller model or a device with more memory"
         )
     return "\n".join(lines)
 
@@ -151,11 +153,12 @@ def _print(planned: Plan, checked: Checked | None, path: str) -> None:
     formats = sorted({format.dtype for format in options.formats.values()})
     console.print(
         f"{path} on {device.title}"
-        + (f" x {request.ranks}" if request.ranks > 1 else "")
+        + _ranks(planned)
         + f": weights {' and '.join(formats) or options.dtype}, KV cache {options.kv_dtype}, "
         f"{_sequences(request.concurrency)} of {request.context:,} tokens"
     )
-    table = Table(title="Memory", title_justify="left", show_header=checked is not None)
+    title = "Memory" if request.ranks == 1 else f"Memory of each of {request.ranks} ranks"
+    table = Table(title=title, title_justify="left", show_header=checked is not None)
     table.add_column("")
     table.add_column("predicted", justify="right")
     if checked is not None:
@@ -166,7 +169,8 @@ def _print(planned: Plan, checked: Checked | None, path: str) -> None:
         mine = planned.memory.of_runtime
         table.add_row("weights, cache and steps", format_bytes(mine), format_bytes(checked.memory))
         if checked.resident is not None:
-            table.add_row("taken by the process", "", format_bytes(checked.resident))
+            process = "the process" if request.ranks == 1 else "the process of one"
+            table.add_row(f"taken by {process}", "", format_bytes(checked.resident))
     console.print(table)
     console.print(f"Most sequences of that length that fit: {planned.largest:,}\n")
     speeds = Table(title="Speed, predicted", title_justify="left", show_header=checked is not None)
@@ -226,11 +230,29 @@ def _sequences(count: int) -> str:
     return f"{count:,} sequence{'' if count == 1 else 's'}"
 
 
+def _ranks(planned: Plan) -> str:
+    ranks = planned.request.ranks
+    if ranks == 1:
+        return ""
+    return f" x {ranks}" if planned.device.is_gpu else f" in {ranks} processes"
+
+
 def _own_assumptions(planned: Plan) -> list[str]:
+    from octavo.plan.speed import EXCHANGE_SECONDS
+
     notes = ["every sequence is at its full length; shared prefixes take less"]
-    if planned.request.ranks > 1:
+    if planned.request.ranks == 1:
+        return notes
+    if planned.device.is_gpu:
+        notes += [
+            "a layer of a rank has nine kernels, since the fused ones cannot exchange sums",
+            f"ranks exchange their sums twice a layer, and logits once: {1e6 * EXCHANGE_SECONDS:g} "
+            "us each over NVLink (assumed), and longer in prompts and over PCIe; octavo has not "
+            "been run on several GPUs yet",
+        ]
+    else:
         notes.append(
-            "octavo runs a model on one GPU: several are arithmetic, with 10 us for each of two "
-            "all-reduces a layer"
+            "ranks share memory, bandwidth and cores of this machine evenly; what they exchange "
+            "takes no time (assumed)"
         )
     return notes

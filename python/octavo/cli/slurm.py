@@ -15,7 +15,7 @@ import typer
 from octavo.cli import completion
 from octavo.cli.common import FAILED, note, print_error
 from octavo.cli.help import ScreenVerbs, screen_command, with_common_options
-from octavo.cli.options import argument, option, tried
+from octavo.cli.options import MODEL, argument, option, tried
 from octavo.config import read_environment
 from octavo.errors import InvalidArgumentError
 from octavo.files import read_text, write_text
@@ -112,6 +112,15 @@ def render(
             metavar="N,N,…",
         ),
     ] = "",
+    tensor_parallel_size: Annotated[
+        int,
+        option(
+            "GPUs of one node that a model is divided among. The job asks for as many.",
+            *("--tensor-parallel-size", "-tp"),
+            metavar="N",
+            panel=MODEL,
+        ),
+    ] = 1,
     array: Annotated[
         bool,
         option("Rows as tasks of a job array, or one after the other.", "--array/--no-array"),
@@ -156,6 +165,7 @@ def render(
         time=time,
         results=results,
         array=array,
+        tensor_parallel_size=tensor_parallel_size,
         extra=tuple(extra or ()),
     )
     _check_extra(request)

@@ -69,6 +69,7 @@ class EvalRequest:
 class ModelRun:
     """A model as it was run. weights: what its matrices are kept in, as in "int4 and int8".
 
+    weight_bytes: of all ranks together; what each has whole counts several times.
     adapter: the folder of its LoRA adapter, if it has one.
     """
 
@@ -80,6 +81,7 @@ class ModelRun:
     weight_bytes: int
     perplexity: Perplexity
     adapter: str | None = None
+    tensor_parallel_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,7 @@ def _describe(
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         device=scorer.loaded.device,
+        tensor_parallel_size=scorer.loaded.options.world_size,
         weight_bytes=scorer.loaded.runtime.memory()["weights"],
         perplexity=value,
         adapter=None if adapter is None else str(adapter),

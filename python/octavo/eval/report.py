@@ -37,7 +37,8 @@ def _row(run: ModelRun) -> tuple[str, ...]:
     adapter = "" if run.adapter is None else f" + {Path(run.adapter).name}"
     return (
         Path(run.path).name + adapter,
-        f"{run.weights}, KV {run.kv_dtype}, {run.device}",
+        f"{run.weights}, KV {run.kv_dtype}, {run.device}"
+        + (f", {run.tensor_parallel_size} ranks" if run.tensor_parallel_size > 1 else ""),
         f"{run.weight_bytes / 2**20:,.0f} MiB",
         f"{value.mean_surprisal:.5f}",
         f"{value.value:,.4f} ± {value.standard_error:,.2f}",

@@ -9,6 +9,7 @@ from octavo.bench.benchmark import Runner
 from octavo.bench.cases import Case
 from octavo.config import EngineConfig, Environment
 from octavo.machine import anonymous_memory
+from octavo.models.kv_groups import with_kv_groups
 from octavo.plan.plan import Plan
 from octavo.progress import StageProgress
 from octavo.runtime.loader import load_runtime
@@ -26,8 +27,8 @@ MEMORY_WITHIN, DECODE_WITHIN = 0.05, 0.25
 class Checked:
     """What was measured; decode and prefill in tokens a second.
 
-    memory: bytes of weights, cache and steps, as the runtime counts them. resident: what the
-    process took more than before; None where the system does not tell.
+    memory: bytes of weights, cache and steps of each rank, as the runtime counts them. resident:
+    what this process, which is rank 0, took more than before; None where the system does not tell.
     """
 
     memory: int
@@ -53,6 +54,7 @@ def check(
     """Load the model, fill the cache of every sequence, and decode. Raises what loading raises."""
     request = plan.request
     blocks = plan.options.kv_groups(plan.spec).blocks_of(request.context) * request.concurrency
+    files = replace(files, spec=with_kv_groups(files.spec, request.context))
     config = replace(
         config,
         device="cuda" if plan.device.is_gpu else "cpu",
@@ -60,9 +62,9 @@ def check(
         max_num_seqs=request.concurrency,
         max_num_batched_tokens=plan.options.max_num_batched_tokens,
         num_kv_blocks=blocks,
+        tensor_parallel_size=request.ranks,
     )
     before = anonymous_memory()
-    files = replace(files, spec=plan.spec)
     checkpoint = open_checkpoint(files, config.load_format, config.seed)
     loaded = load_runtime(
         files, checkpoint, config, lambda done, total: progress("loading", done, total), environment
@@ -77,7 +79,7 @@ def check(
     memory = loaded.runtime.memory()
     after = anonymous_memory()
     return Checked(
-        memory["weights"] + memory["kv_cache"] + memory["workspace"],
+        (memory["weights"] + memory["kv_cache"] + memory["workspace"]) // request.ranks,
         None if before is None or after is None else after - before,
         decode.tokens / seconds,
         prompt.tokens / prefill,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from octavo.bench.peak import WORDS, measure
 from octavo.config import RuntimeOptions
 from octavo.errors import InvalidArgumentError
-from octavo.machine import available_memory, processor
-from octavo.plan.memory import KERNELS_A_LAYER
+from octavo.machine import available_memory, processor, threads_of_rank
+from octavo.plan.memory import KERNELS_A_LAYER, KERNELS_OF_RANK
 
 _MIB = 2**20
 
@@ -35,6 +35,16 @@ class Device:
     step_overhead: float = 0.0
     reserved: int = 0
     is_gpu: bool = True
+
+    def of_rank(self, ranks: int) -> Device:
+        """What each of so many ranks has: a GPU of this kind, or its share of this processor."""
+        if ranks == 1:
+            return self
+        if self.is_gpu:
+            return replace(self, layer_overhead=_KERNEL_SECONDS * KERNELS_OF_RANK)
+        bandwidth, operations = self.bandwidth / ranks, self.operations / ranks
+        memory = self.memory // ranks
+        return replace(self, memory=memory, bandwidth=bandwidth, operations=operations)
 
 
 # Five dependent kernels a layer and two at the end. On an H100, octavo's bf16 step of Llama-3.2-1B
@@ -104,15 +114,15 @@ def find_gpu(name: str) -> Device:
     return GPUS[name]
 
 
-def this_processor(options: RuntimeOptions, reserved: int) -> Device:
-    """The processor that runs this, measured.
+def this_processor(options: RuntimeOptions, reserved: int, ranks: int = 1) -> Device:
+    """The processor that runs this, measured with the threads of all ranks.
 
-    reserved: bytes that Python and its libraries take.
+    reserved: bytes that Python and its libraries take in each process.
     """
     from octavo import _native
 
     info = _native.build_info()
-    threads = options.num_threads or int(info["physical_cores"])
+    threads = ranks * threads_of_rank(options.num_threads, ranks)
     isa = str(info["isa"]) if options.isa == "auto" else options.isa
     peak = measure(options, threads)
     prefill, flops, arithmetic = _CPU_PREFILL, peak.flops, peak.arithmetic

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from fractions import Fraction
-from math import prod
+from dataclasses import dataclass, replace
 
 from octavo.config import RuntimeOptions
-from octavo.models.layer import weight_shapes
+from octavo.models.shards import shard_formats, shard_spec, shards
 from octavo.models.spec import LayerSpec, ModelSpec
 from octavo.quantization.plan import weight_bytes
 from octavo.reference.sampling import SAMPLING_ROW
@@ -20,13 +18,14 @@ _MIB = 2**20
 _CUBLAS, _DEQUANTIZED, _ATTENTION = 32 * _MIB, 64 * _MIB, 128 * _MIB
 _SAMPLED_ROWS, _SAMPLED_ROW = 256, 64 * 1024
 _RECORDED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # then every 32
-KERNELS_A_LAYER, _GRAPH_NODE = 5, 8 * 1024
+KERNELS_A_LAYER, KERNELS_OF_RANK = 5, 9  # those of ranks are not fused (docs/parallel.md)
+_GRAPH_NODE = 8 * 1024
 _LANES = 16  # of the CPU's cache, to which a head's elements are rounded up
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device.
+    """Bytes of one rank: on its device, or in its process on the CPU.
 
     kv_cache: of all sequences at their longest. activations: of a step, with logits and results.
     workspace: what kernels of a GPU work in, at most. graphs: recorded steps of a GPU (assumed).
@@ -50,14 +49,19 @@ class Memory:
         return self.of_runtime + self.workspace + self.graphs + self.reserved
 
 
-def split_weight_bytes(spec: ModelSpec, options: RuntimeOptions, ranks: int) -> int:
-    """Bytes of the weights on each of so many devices: matrices are divided, vectors repeated."""
-    total = weight_bytes(spec, options.formats, options.dtype)
-    vectors = sum(4 * prod(shape) for shape in weight_shapes(spec).values() if len(shape) == 1)
-    return vectors + -(-(total - vectors) // ranks)
+def part_of(
+    spec: ModelSpec, options: RuntimeOptions, ranks: int
+) -> tuple[ModelSpec, RuntimeOptions]:
+    """What each of so many ranks runs, and the formats of its weights; all have parts of one size.
+
+    Raises InvalidArgumentError for a model that the engine would not divide so.
+    """
+    part = shard_spec(spec, 0, ranks)
+    formats = shard_formats(options.formats, shards(spec, part, 0, ranks))
+    return part, replace(options, formats=formats, world_size=ranks)
 
 
-def block_bytes(spec: ModelSpec, options: RuntimeOptions, *, is_gpu: bool, ranks: int = 1) -> int:
+def block_bytes(spec: ModelSpec, options: RuntimeOptions, *, is_gpu: bool) -> int:
     """Bytes of a block of the KV cache: its layers of the largest group, keys and values.
 
     As `Runtime.kv_bytes_per_block`: layers of several groups share a place where their blocks have
@@ -65,22 +69,21 @@ def block_bytes(spec: ModelSpec, options: RuntimeOptions, *, is_gpu: bool, ranks
     """
     of_group: Counter[tuple[int, int]] = Counter()
     for layer in spec.layers:
-        of_group[layer.kv_group, _layer_block_bytes(layer, options, is_gpu, ranks)] += 1
+        of_group[layer.kv_group, _layer_block_bytes(layer, options, is_gpu)] += 1
     most: Counter[int] = Counter()
     for (_, size), count in of_group.items():
         most[size] = max(most[size], count)
     return sum(size * count for size, count in most.items())
 
 
-def _layer_block_bytes(layer: LayerSpec, options: RuntimeOptions, is_gpu: bool, ranks: int) -> int:
-    heads = Fraction(layer.num_kv_heads, ranks)
+def _layer_block_bytes(layer: LayerSpec, options: RuntimeOptions, is_gpu: bool) -> int:
     item = _ITEM[options.kv_dtype]
     keys = values = layer.head_dim
     if not is_gpu:
         values = -(-values // _LANES) * _LANES
         keys += keys % 2 if options.kv_dtype == "bf16" else 0
     scales = 2 * 4 if options.kv_dtype == "int8" else 0
-    return int(heads * options.block_size * ((keys + values) * item + scales))
+    return layer.num_kv_heads * options.block_size * ((keys + values) * item + scales)
 
 
 def activation_bytes(spec: ModelSpec, options: RuntimeOptions, *, is_gpu: bool) -> int:
@@ -126,7 +129,8 @@ def graph_bytes(spec: ModelSpec, options: RuntimeOptions) -> int:
     batches += max(0, options.max_num_seqs - _RECORDED[-1] - 1) // 32
     blocks = -(-options.max_model_len // options.block_size)
     widths = max(0, (blocks - 1).bit_length() - 4) + 1  # 16, 32, 64 … blocks
-    kernels = KERNELS_A_LAYER * len(spec.layers) + 3
+    per_layer = KERNELS_A_LAYER if options.world_size == 1 else KERNELS_OF_RANK + 2  # exchanges
+    kernels = per_layer * len(spec.layers) + 3
     return batches * widths * kernels * _GRAPH_NODE
 
 
@@ -142,13 +146,12 @@ def memory_of(
     reserved: int,
     *,
     is_gpu: bool,
-    ranks: int = 1,
 ) -> Memory:
-    """What `sequences` of options.max_model_len tokens need on each device."""
-    size = block_bytes(spec, options, is_gpu=is_gpu, ranks=ranks)
+    """What `sequences` of options.max_model_len tokens need; spec: the model, or a rank's part."""
+    size = block_bytes(spec, options, is_gpu=is_gpu)
     blocks = kv_blocks(spec, options, options.max_model_len)
     return Memory(
-        split_weight_bytes(spec, options, ranks),
+        weight_bytes(spec, options.formats, options.dtype),
         sequences * blocks * size,
         activation_bytes(spec, options, is_gpu=is_gpu),
         workspace_bytes(options) if is_gpu else 0,

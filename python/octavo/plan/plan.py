@@ -13,7 +13,7 @@ from octavo.errors import InvalidArgumentError
 from octavo.models.kv_groups import with_kv_groups
 from octavo.models.spec import ModelSpec, WeightFormat
 from octavo.plan.devices import Device
-from octavo.plan.memory import Memory, memory_of
+from octavo.plan.memory import Memory, memory_of, part_of
 from octavo.plan.speed import Speed, predict
 from octavo.quantization.plan import resolved_formats
 from octavo.runtime.loader import resolve_options
@@ -22,29 +22,29 @@ from octavo.weights.tensor import TensorDType
 
 # Of a device's memory: the rest is left for fragments, and for what others take.
 USABLE = 0.95
-_MOST_REMEDIES = 4
+_MOST_REMEDIES = 5
 _STORED: dict[str, TensorDType] = {"float32": "f32", "float16": "f16"}  # by config.json's names
 # Options that are fields of the request, and those fields.
-_OF_REQUEST = {"concurrency": "concurrency", "context": "context", "tensor_parallel": "ranks"}
-_RANKS: tuple[dict[str, Any], ...] = tuple({"tensor_parallel": n} for n in (2, 4, 8))
+_OF_REQUEST = {"concurrency": "concurrency", "context": "context", "tensor_parallel_size": "ranks"}
+_RANKS = (2, 4, 8)  # to which remedies go
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked. context: tokens of a sequence, prompt and answer. ranks: tensor parallel."""
+    """What is asked. context: tokens of a sequence, prompt and answer.
+
+    ranks: GPUs, or processes with a share of the cores each, that the model is divided among.
+    """
 
     context: int
     concurrency: int
     ranks: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in (("--context", self.context), ("--concurrency", self.concurrency)):
-            if value < 1:
-                raise InvalidArgumentError(f"{name} is {value}; expected 1 or more")
-        if self.ranks not in (1, 2, 4, 8):
-            raise InvalidArgumentError(
-                f"--tensor-parallel is {self.ranks}; expected 1, 2, 4 or 8 devices"
-            )
+        for name, field in _OF_REQUEST.items():
+            if (value := getattr(self, field)) < 1:
+                option = name.replace("_", "-")
+                raise InvalidArgumentError(f"--{option} is {value}; expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class ModelToPlan:
 class Plan:
     """What a request needs and gets. largest: the most sequences of that length that fit.
 
+    spec, options, memory and usable are those of each rank; of a CPU's memory a rank has a share.
     remedies: where it does not fit, changes each of which makes it fit, the smallest first.
     """
 
@@ -113,7 +114,7 @@ class _Asked:
 
     @property
     def usable(self) -> int:
-        return int(self.device.memory * USABLE)
+        return int(self.device.of_rank(self.request.ranks).memory * USABLE)
 
     def resolve(self) -> tuple[ModelSpec, RuntimeOptions]:
         return resolve(
@@ -124,9 +125,7 @@ class _Asked:
         spec, options = self.resolve()
         device, request = self.device, self.request
         return memory_of(
-            *(spec, options, request.concurrency, device.reserved),
-            is_gpu=device.is_gpu,
-            ranks=request.ranks,
+            *(spec, options, request.concurrency, device.reserved), is_gpu=device.is_gpu
         )
 
     def changed(self, **changes: Any) -> _Asked:
@@ -140,11 +139,10 @@ class _Asked:
     def fits_with(self, **changes: Any) -> bool:
         """Whether it fits with other values, as `changed` takes them."""
         asked = self.changed(**changes)
-        return asked.can_split() and asked.memory().total <= self.usable
-
-    def can_split(self) -> bool:
-        """Whether every layer's KV heads can be divided among the devices."""
-        return not any(each.num_kv_heads % self.request.ranks for each in self.model.spec.layers)
+        try:
+            return asked.memory().total <= asked.usable
+        except InvalidArgumentError:  # a model that cannot be divided so
+            return False
 
     def most(self, name: str, end: int) -> int:
         """The largest value of an option below `end` that fits with the rest; 0: none does."""
@@ -160,20 +158,13 @@ def make_plan(
 ) -> Plan:
     """Plan a request. Raises InvalidArgumentError for one that no memory would make possible."""
     asked = _Asked(model, config, request, device, environment)
-    if not asked.can_split():
-        heads = sorted({each.num_kv_heads for each in model.spec.layers})
-        raise InvalidArgumentError(
-            f"--tensor-parallel is {request.ranks}, which does not divide the model's "
-            f"{' and '.join(map(str, heads))} KV heads; expected a divisor of them"
-        )
     spec, options = asked.resolve()
     memory = asked.memory()
     one = memory.kv_cache // request.concurrency
     speed = predict(
-        *(spec, options, device, request.concurrency),
+        *(spec, options, device.of_rank(request.ranks), request.concurrency),
         depth=request.context - 1,
         prompt=max(1, request.context - 1),
-        ranks=request.ranks,
     )
     plan = Plan(request, spec, options, device, memory, asked.usable, 0, speed, ())
     largest = asked.most("concurrency", max(0, asked.usable - memory.weights) // one + 2)
@@ -188,7 +179,7 @@ def resolve(
     *,
     is_gpu: bool,
 ) -> tuple[ModelSpec, RuntimeOptions]:
-    """The model with its KV groups, and the options with which it would be loaded."""
+    """The model with its KV groups, or a rank's part, and the options with which it is loaded."""
     spec = with_kv_groups(model.spec, request.context)
     config = replace(
         config,
@@ -199,7 +190,7 @@ def resolve(
     kind = "cuda" if is_gpu else "cpu"
     options = resolve_options(spec, model.dtype, config, environment, kind)
     formats = resolved_formats(spec, model.stored, config.quantize, config.keep_embedding)
-    return spec, replace(options, formats=formats, overlap_steps=is_gpu)
+    return part_of(spec, replace(options, formats=formats, overlap_steps=is_gpu), request.ranks)
 
 
 def as_options(changes: Mapping[str, Any]) -> str:
@@ -210,12 +201,16 @@ def as_options(changes: Mapping[str, Any]) -> str:
 def _remedies(asked: _Asked) -> tuple[dict[str, Any], ...]:
     """Changes of as few options as possible after which the request fits."""
     candidates = list(_candidates(asked.config))
+    more: list[dict[str, Any]] = []
+    if asked.device.is_gpu:  # processes of one machine share its memory
+        more = [{"tensor_parallel_size": n} for n in _RANKS if n > asked.request.ranks]
     found = [changes for changes in candidates if asked.fits_with(**changes)]
+    found += [ranks for ranks in more if asked.fits_with(**ranks)][:1]
     found += _fewer(asked, {})
     if not found:
         found = [remedy for changes in candidates for remedy in _fewer(asked, changes)]
-    if not found and asked.device.is_gpu:  # octavo does not run on several GPUs: the last way out
-        ways = [{**changes, **ranks} for changes in ({}, *candidates) for ranks in _RANKS]
+    if not found:
+        ways = [{**changes, **ranks} for changes in candidates for ranks in more]
         found = [changes for changes in ways if asked.fits_with(**changes)]
     found.sort(key=len)
     return tuple(found[:_MOST_REMEDIES])

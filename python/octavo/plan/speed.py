@@ -20,8 +20,8 @@ from octavo.models.spec import ModelSpec
 from octavo.plan.devices import Device
 from octavo.quantization.plan import expert_bytes, weight_bytes
 
-# Of an all-reduce between GPUs over NVLink, two a layer (assumed).
-_ALL_REDUCE_SECONDS = 10e-6
+# Of an exchange between GPUs over NVLink: two a layer, and one of the logits (assumed).
+EXCHANGE_SECONDS = 10e-6
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ def predict(
     sequences: int,
     depth: int,
     prompt: int,
-    ranks: int = 1,
 ) -> Speed:
-    """The speed of `sequences` that decode behind `depth` tokens each, and of a prompt."""
-    peak = Peak(device.bandwidth * ranks, device.operations * ranks)
+    """The speed of `sequences` that decode behind `depth` tokens each, and of a prompt.
+
+    spec, device: of a rank, where there are several: all compute at the same time.
+    """
+    peak = Peak(device.bandwidth, device.operations)
     embed = options.formats.get("embed")
     item = BYTES[options.dtype if embed is None else embed.dtype]
     step_bytes = streamed_bytes(spec, weight_bytes(spec, options.formats, options.dtype), item)
@@ -67,8 +69,8 @@ def predict(
         return sum(seconds for seconds, _ in found), max(found)[1]
 
     overhead = device.step_overhead + len(spec.layers) * device.layer_overhead
-    if ranks > 1:
-        overhead += 2 * len(spec.layers) * _ALL_REDUCE_SECONDS
+    if options.world_size > 1 and device.is_gpu:
+        overhead += (2 * len(spec.layers) + 1) * EXCHANGE_SECONDS
     step, limit = least(Case("decode", 1, sequences, depth))
     step += overhead
     num_chunks = -(-prompt // options.max_num_batched_tokens)

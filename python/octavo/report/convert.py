@@ -242,6 +242,7 @@ def _octavo_bench(content: Content) -> dict[str, Any]:
     )
     keys = ("date", "processor", "num_threads", "native")
     machine = {key: content[key] for key in keys}
+    machine["ranks"] = content.get("tensor_parallel_size", 1)
     return _made(f"octavo bench: {model}", machine, systems=[system], rows=rows)
 
 

@@ -234,6 +234,7 @@ def machine_lines(results: Results) -> list[tuple[str, str]]:
     known = [
         ("processor", str(m.get("processor", ""))),
         ("threads", str(m.get("num_threads") or "")),
+        ("ranks", str(m["ranks"]) if m.get("ranks", 1) > 1 else ""),
         ("instruction set", str(native.get("isa", "") if isa in (None, "auto") else isa)),
         ("NUMA nodes", str(m.get("numa_nodes") or "")),
         ("memory", format_bytes(m["memory_bytes"]) if m.get("memory_bytes") else ""),

@@ -112,9 +112,9 @@ def _plan_row(
         asked = Request(_BENCH_PROMPT, _whole(options, "--batch", "-b") or 1)
     else:
         asked = Request(_EVAL_WINDOW, 1)
-    return make_plan(
-        model, config, replace(asked, context=min(asked.context, longest)), device, environment
-    )
+    ranks = request.tensor_parallel_size
+    asked = replace(asked, context=min(asked.context, longest), ranks=ranks)
+    return make_plan(model, config, asked, device, environment)
 
 
 def _max_tokens(request: JobRequest, longest: int) -> int:

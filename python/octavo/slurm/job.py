@@ -21,6 +21,7 @@ from octavo.errors import InvalidArgumentError
 # spend on the answers that are under way.
 SIGNAL_SECONDS, DRAIN_SECONDS = 120, 75
 _UNQUOTED = r"[\w@%+=:,./{}-]+"
+_RANKS_OPTIONS = ("--tensor-parallel-size", "-tp")
 FORMATS = ("auto", "f32", "bf16", "f16", "int8", "w8a8", "int4", "int4-nonuniform")
 
 
@@ -30,7 +31,8 @@ class Kind:
 
     captures: standard output is a result in JSON. stop: the signal that asks a row to end.
     drains: it then finishes what it has begun. ends: a row that has ended is done; a server is not.
-    varies: whether rows differ in number format and in batch size.
+    varies: whether rows differ in number format and in batch size. divides: whether the command
+    can divide the model among several GPUs.
     """
 
     summary: str
@@ -39,6 +41,7 @@ class Kind:
     drains: bool = False
     ends: bool = True
     varies: tuple[bool, bool] = (False, False)
+    divides: bool = True
 
 
 KINDS = {
@@ -48,8 +51,10 @@ KINDS = {
     ),
     "serve": Kind("serves a model over HTTP", stop=signal.SIGTERM, drains=True, ends=False),
     "eval": Kind("measures perplexity and KL divergence", captures=True, varies=(True, False)),
-    "diff": Kind("compares octavo with its reference", captures=True, varies=(True, False)),
-    "gpu": Kind("builds, tests and measures on a GPU: benchmarks/gpu.sh"),
+    "diff": Kind(
+        "compares octavo with its reference", captures=True, varies=(True, False), divides=False
+    ),
+    "gpu": Kind("builds, tests and measures on a GPU: benchmarks/gpu.sh", divides=False),
 }
 
 
@@ -107,7 +112,8 @@ class JobRequest:
 
     cluster: path of the site's YAML file. node: of its `nodes`. input: of a batch. time: as Slurm
     writes it; "" takes the site's. results: a folder; relative to where `sbatch` is called. array:
-    a task of the job for each row; otherwise one job runs all. extra: more words of the command.
+    a task of the job for each row; otherwise one job runs all. tensor_parallel_size: among how many
+    GPUs of a node the model is divided. extra: more words of the command.
     """
 
     kind: str
@@ -120,6 +126,7 @@ class JobRequest:
     time: str = ""
     results: str = ""
     array: bool = True
+    tensor_parallel_size: int = 1
     extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -137,7 +144,26 @@ class JobRequest:
                     f"{what} is {','.join(map(str, values))}, which a {self.kind} job does not "
                     "take: leave it out"
                 )
+        self._check_ranks()
         self._check_values()
+
+    def _check_ranks(self) -> None:
+        ranks = self.tensor_parallel_size
+        if ranks < 1:
+            raise InvalidArgumentError(
+                f"--tensor-parallel-size is {ranks}; expected a number of GPUs, 1 or more"
+            )
+        if ranks > 1 and not KINDS[self.kind].divides:
+            raise InvalidArgumentError(
+                f"--tensor-parallel-size is {ranks}, which a {self.kind} job does not take: leave "
+                "it out"
+            )
+        for word in self.extra:
+            if KINDS[self.kind].divides and word.partition("=")[0] in _RANKS_OPTIONS:
+                raise InvalidArgumentError(
+                    f"{word} stands behind `--`, so the job would ask for one GPU only; expected "
+                    "--tensor-parallel-size before it, as an option of render"
+                )
 
     def _check_values(self) -> None:
         for each in self.formats:
@@ -197,7 +223,9 @@ class JobRequest:
 
 def make_rows(request: JobRequest, has_gpu: bool) -> list[Row]:
     """The rows of a job."""
-    device = ("--device", "cuda" if has_gpu else "cpu")
+    device = ["--device", "cuda" if has_gpu else "cpu"]
+    if request.tensor_parallel_size > 1:
+        device += ["--tensor-parallel-size", str(request.tensor_parallel_size)]
     extra = [_verbatim(word) for word in request.extra]
     if request.kind == "gpu":
         command = ("env", "OUT={results}", "{source}/benchmarks/gpu.sh", *extra)

@@ -244,7 +244,9 @@ class Preflight:
             return None
         needed, usable = format_bytes(plan.memory.total), format_bytes(plan.usable)
         sequences = f"{plan.request.concurrency} x {plan.request.context:,} tokens"
-        said = f"{needed} of {usable} of {plan.device.title}, for {sequences}"
+        ranks = plan.request.ranks
+        each = "" if ranks == 1 else f" on each of {ranks}" if plan.device.is_gpu else " each rank"
+        said = f"{needed} of {usable} of {plan.device.title}{each}, for {sequences}"
         if plan.fits:
             return "ok", said
         changes = ", or ".join(map(as_options, plan.remedies)) or "a smaller model"

@@ -27,6 +27,12 @@ def render(request: JobRequest, site: Site) -> str:
             f"a gpu job runs benchmarks/gpu.sh of a checkout on a GPU; {request.node} of "
             f"{site.name} has {'no `source:`' if node.has_gpu else 'no GPU'}"
         )
+    ranks = request.tensor_parallel_size
+    if node.gpus is not None and ranks > node.gpus:
+        raise InvalidArgumentError(
+            f"--tensor-parallel-size is {ranks}, and a node {request.node} of {site.name} has "
+            f"{node.gpus} GPUs; expected no more, since all GPUs of a job are on one node"
+        )
     rows = make_rows(request, node.has_gpu)
     limit = time_limit(request, site)
     environment = jinja2.Environment(
@@ -92,14 +98,36 @@ def with_time_of(request: JobRequest, script: str) -> JobRequest:
     return replace(request, time=found[1]) if found else request
 
 
+def gres_of(gres: str, gpus: int) -> str:
+    """A node's gres for so many GPUs: ("gpu:h100:1", 4) -> "gpu:h100:4".
+
+    Raises InvalidArgumentError where it names no GPU of which there could be more.
+    """
+    if gpus == 1:
+        return gres
+    parts = [part.split(":") for part in gres.split(",")]
+    if not any(words[0] == "gpu" for words in parts):
+        raise InvalidArgumentError(
+            f"gres is {gres!r}, from which a job of {gpus} GPUs cannot be made; expected "
+            "gpu:TYPE:1 in the cluster's file"
+        )
+    for words in parts:
+        if words[0] == "gpu":
+            words[:] = [*(words[:-1] if words[-1].isdecimal() else words), str(gpus)]
+    return ",".join(map(":".join, parts))
+
+
 def _directives(
     request: JobRequest, site: Site, node: NodeType, num_rows: int, limit: int
 ) -> list[str]:
     """The lines after #SBATCH."""
     is_array = request.array and num_rows > 1
+    # The site's figures are those of a job with one GPU. Ranks on the CPU share them.
+    gpus = request.tensor_parallel_size if node.has_gpu else 1
+    cpus, memory = site.of(node, "cpus"), site.of(node, "memory")
     place: dict[str, Any] = {
         **{name: site.of(node, name) for name in ("account", "partition", "qos")},
-        "gres": node.gres,
+        "gres": node.gres and gres_of(node.gres, gpus),
         "constraint": node.constraint,
     }
     lines = [f"--job-name=octavo-{request.kind}"]
@@ -107,8 +135,8 @@ def _directives(
     lines += [
         "--nodes=1",
         "--ntasks=1",
-        f"--cpus-per-task={site.of(node, 'cpus')}",
-        f"--mem={site.of(node, 'memory')}",
+        f"--cpus-per-task={gpus * cpus}",
+        f"--mem={gpus * int(memory.rstrip('KMGT'))}{memory.lstrip('0123456789')}",
         f"--time={format_time(limit)}",
         f"--signal=B:USR1@{min(SIGNAL_SECONDS, limit // 2)}",
         "--requeue" if KINDS[request.kind].ends else "--no-requeue",

@@ -123,12 +123,14 @@ class NodeType:
     """Nodes of one kind, under `nodes:`; what is left out is as the site has it.
 
     name: as `octavo plan --gpu` calls the device, "cpu" for nodes without one, or any word where
-    `device` says which. gres: what sbatch asks for to get one GPU.
+    `device` says which. gres: what sbatch asks for to get one GPU. gpus: how many a node has; None:
+    not told.
     """
 
     name: str
     device: str = _key(_word, "")
     gres: str | None = _key(_word)
+    gpus: int | None = _key(_number)
     constraint: str | None = _key(_word)
     partition: str | None = _key(_word)
     account: str | None = _key(_word)
