@@ -146,6 +146,12 @@ STEPS: dict[str, Step] = {
     ),
     "huggingface": Step(60, "huggingface.py"),
     "huggingface-compiled": Step(200, "huggingface.py --compiled"),
+    # On a machine with several GPUs: a model divided between two of them.
+    "ranks": Step(
+        150,
+        "-m pytest -q -rs -p no:benchmark tests/engine/test_ranks.py -k on_a_gpu",
+        "model.py headline batch --ranks 2 --label ranks-2",
+    ),
     "racecheck": Step(120, SANITIZED, tool=f"{SANITIZER} racecheck"),
 }
 LISTS = {

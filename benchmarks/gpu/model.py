@@ -15,6 +15,7 @@ from typing import Any
 
 from results import DEVICE, EMULATE, SHAPE, keep, read_peak
 
+from octavo import _native
 from octavo.bench.benchmark import Row, bench
 from octavo.bench.cases import Case
 from octavo.config import EngineConfig, read_environment
@@ -41,7 +42,12 @@ def main() -> None:
     parser.add_argument("--label", default="", help="what variant this is, behind the part's name")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs that divide the model")
     given = parser.parse_args()
+    num_gpus = _native.build_info()["num_devices"]
+    if not EMULATE and given.ranks > num_gpus:
+        print(f"left out: {given.ranks} ranks need as many GPUs, and there is {num_gpus}")
+        return
     config = EngineConfig(
         device=DEVICE,
         dtype="bf16",
@@ -50,6 +56,7 @@ def main() -> None:
         max_num_batched_tokens=64 if EMULATE else 8192,
         deterministic=given.deterministic,
         enforce_eager=given.enforce_eager,
+        tensor_parallel_size=given.ranks,
     )
     marks = [given.label, "deterministic" * given.deterministic, "eager" * given.enforce_eager]
     mark = "-".join([given.format, *filter(None, marks)])
@@ -63,8 +70,8 @@ def main() -> None:
         if peak and row.bytes_per_second and row.flops:
             # `octavo bench` does not know what the library can do, which multiplies many rows.
             used = {
-                "memory": row.bytes_per_second / peak.bandwidth,
-                "arithmetic": row.flops / peak.flops,
+                "memory": row.bytes_per_second / (given.ranks * peak.bandwidth),
+                "arithmetic": row.flops / (given.ranks * peak.flops),
             }
             limit = max(used, key=lambda name: used[name])
             row = replace(row, limit=limit, percent_of_limit=100 * used[limit])

@@ -22,6 +22,7 @@ from quantization_helpers import SCHEMES, write_family_model, write_float_model
 from rank_helpers import DIVISIBLE, LIMITS, load_llm, load_session, logits_of, numbers, processes_of
 from weights_helpers import write_gguf
 
+from octavo import _native
 from octavo.engine.engine import Engine
 from octavo.errors import InvalidArgumentError
 from octavo.llm import LLM
@@ -86,10 +87,15 @@ def test_logits_of_a_gguf(tmp_path: Path) -> None:
     compare(tmp_path / "model.gguf", STEPS_OF_16, dtype="f32")
 
 
-# ---- the emulated GPU ----
+# ---- GPUs: emulated ones, or two ----
+
+needs_two_gpus = pytest.mark.skipif(
+    DEVICE == "cuda" and _native.build_info()["num_devices"] < 2, reason="there are no two GPUs"
+)
 
 
 @needs_cuda
+@needs_two_gpus
 @pytest.mark.parametrize("options", [{"deterministic": True}, {"enforce_eager": True}, {}], ids=str)
 def test_logits_on_a_gpu(tmp_path: Path, options: dict[str, Any]) -> None:
     """Sums in bfloat16, of activations near 1: a part is rounded to 2^-9 of it."""
@@ -98,6 +104,7 @@ def test_logits_on_a_gpu(tmp_path: Path, options: dict[str, Any]) -> None:
 
 
 @needs_cuda
+@needs_two_gpus
 @pytest.mark.parametrize("overlap", [False, True])
 def test_answers_on_a_gpu_have_the_same_bits_in_any_batch(tmp_path: Path, overlap: bool) -> None:
     path = write_float_model(tmp_path / "model", vocab_size=68)
