@@ -29,13 +29,13 @@ RUN python3 -m venv /opt/octavo
 ENTRYPOINT ["octavo"]
 CMD ["serve", "--host", "0.0.0.0"]
 
-# The driver is the host's. octavo opens cuBLASLt where pip has put it.
+# The driver is the host's. octavo opens cuBLASLt, and for several GPUs NCCL, where pip has put them.
 FROM nvidia/cuda:12.6.3-base-ubuntu24.04 AS run-cuda
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/octavo \
-    && /opt/octavo/bin/pip install --no-cache-dir "nvidia-cublas-cu12<13"
+    && /opt/octavo/bin/pip install --no-cache-dir "nvidia-cublas-cu12<13" "nvidia-nccl-cu12>=2.20"
 ENTRYPOINT ["octavo"]
 CMD ["serve", "--host", "0.0.0.0", "--device", "cuda"]
 
