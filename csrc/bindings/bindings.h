@@ -56,7 +56,10 @@ nb::object to_numpy(std::vector<T> values) {
 template <class T, class... Arguments>
 std::shared_ptr<T> make_with_threads(Arguments... arguments) {
   return {new T(arguments...), [process = getpid()](T* made) {
-            if (getpid() == process) delete made;
+            if (getpid() != process) return;
+            // Its threads may wait for another rank, of which a Python thread has yet to hear.
+            nb::gil_scoped_release released;
+            delete made;
           }};
 }
 

@@ -230,12 +230,14 @@ void bind_runtime(nb::module_& module) {
            nb::call_guard<nb::gil_scoped_release>())
       .def("missing_weights", &Runtime::missing_weights)
       .def("kv_bytes_per_block", &Runtime::kv_bytes_per_block)
-      .def("alloc_kv", &Runtime::alloc_kv, nb::arg("num_blocks"))
+      .def("alloc_kv", &Runtime::alloc_kv, nb::arg("num_blocks"),
+           nb::call_guard<nb::gil_scoped_release>())
       .def(
           "copy_blocks",
           [](Runtime& self, std::int64_t kv_group, Array2<std::int32_t> pairs) {
             require(pairs.shape(1) == 2, "pairs has ", pairs.shape(1), " columns; expected 2");
-            self.copy_blocks(kv_group, to_vector<std::int32_t>(pairs));
+            const std::vector<std::int32_t> copied = to_vector<std::int32_t>(pairs);
+            unlocked([&] { self.copy_blocks(kv_group, copied); });
           },
           nb::arg("kv_group"), nb::arg("pairs").noconvert())
       .def("memory", &memory)

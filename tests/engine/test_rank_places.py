@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from quantization_helpers import write_float_model
-from rank_helpers import DIVISIBLE
+from rank_helpers import DIVISIBLE, load_session, processes_of
 from runtime_helpers import tiny_spec
 
 import octavo
@@ -151,3 +155,32 @@ def test_taps_that_every_rank_has_whole() -> None:
         pairs = zip(model_nodes(spec), model_nodes(shard_spec(spec, 0, 2)), strict=True)
         found |= {node.part: node.width == part.width for node, part in pairs}
     assert {name for name, is_whole in found.items() if is_whole} == {*WHOLE_TAPS}
+
+
+def test_a_rank_ends_while_its_step_waits(tmp_path: Path) -> None:
+    """Rank 0 may end before it begins the step that it has told of."""
+    path = write_float_model(tmp_path / "model", "F32", **DIVISIBLE)
+    session = load_session(path, 2)
+    runtime = session.loaded.runtime
+    (process,) = processes_of(session.loaded)
+    own, runtime._own = runtime._own, SimpleNamespace(submit=lambda *_: 0)
+    session.submit({0: [3, 4, 5]})
+    runtime._own = own
+    time.sleep(0.2)
+    assert process.poll() is None
+    runtime._team._connections[0].close()
+    assert process.wait(10) == 0
+
+
+def test_a_runtime_is_dropped_while_its_step_waits(tmp_path: Path) -> None:
+    """Of the rank that it waits for, a thread of Python has yet to hear that it has ended."""
+    path = write_float_model(tmp_path / "model", "F32", **DIVISIBLE)
+    session = load_session(path, 2)
+    (process,) = processes_of(session.loaded)
+    process.send_signal(signal.SIGSTOP)
+    session.submit({0: [3, 4, 5]})
+    threading.Timer(0.3, process.kill).start()
+    start = time.monotonic()
+    del session
+    assert 0.2 < time.monotonic() - start < 5
+    assert process.wait(10) == -signal.SIGKILL

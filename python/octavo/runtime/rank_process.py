@@ -98,7 +98,6 @@ def main() -> None:
     rank = Rank(number, size, _native.RankGroup(memory, number, size))
     os.close(memory)
     serve(Connection(connection_file), rank)
-    os._exit(0)  # without waiting for a step that waits for rank 0
 
 
 def serve(connection: Connection, rank: Rank) -> None:
@@ -108,6 +107,7 @@ def serve(connection: Connection, rank: Rank) -> None:
         try:
             name, arguments, is_asked = connection.recv()
         except (EOFError, OSError):
+            rank.abort("rank 0 has ended")  # else a step of this one would wait for it
             return
         try:
             answer = False, getattr(runtime, name)(*arguments)
