@@ -245,7 +245,7 @@ def _own_assumptions(planned: Plan) -> list[str]:
         return notes
     if planned.device.is_gpu:
         notes += [
-            "a layer of a rank has nine kernels, since the fused ones cannot exchange sums",
+            "a layer of a rank has nine kernels, not five: the fused ones cannot exchange sums",
             f"ranks exchange their sums twice a layer, and logits once: {1e6 * EXCHANGE_SECONDS:g} "
             "us each over NVLink (assumed), and longer in prompts and over PCIe; octavo has not "
             "been run on several GPUs yet",
