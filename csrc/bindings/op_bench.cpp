@@ -25,8 +25,7 @@ class OpBench : private OpsDevice {
  public:
   OpBench(const std::string& device, const std::string& dtype, bool deterministic,
           std::int64_t launches, std::int64_t repeats, std::int64_t cache_bytes)
-      : OpsDevice(device, {0, "auto", parse_dtype(dtype, "dtype"), deterministic, true, 0, nullptr},
-                  0),
+      : OpsDevice(device, {0, "auto", parse_dtype(dtype, "dtype"), deterministic}, 0),
         launches_(launches),
         repeats_(repeats),
         cache_bytes_(cache_bytes) {

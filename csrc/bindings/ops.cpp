@@ -18,9 +18,7 @@ class Ops : private OpsDevice {
  public:
   Ops(const std::string& device, int num_threads, const std::string& isa, const std::string& dtype,
       bool deterministic, std::int64_t row_gap)
-      : OpsDevice(device,
-                  {num_threads, isa, parse_dtype(dtype, "dtype"), deterministic, true, 0, nullptr},
-                  row_gap),
+      : OpsDevice(device, {num_threads, isa, parse_dtype(dtype, "dtype"), deterministic}, row_gap),
         isa_(isa) {}
 
   std::string last_kernels() const { return backend_->counts().last_kernels; }

@@ -392,7 +392,7 @@ struct BackendOptions {
   bool deterministic = false;  // CUDA: products by kernels whose sums do not depend on the batch
   bool graphs = true;          // CUDA: record steps and replay them
   int device_index = 0;        // CUDA: which GPU; the CPU is one device, 0
-  std::shared_ptr<RankGroup> group;  // the ranks of the model; null: one
+  std::shared_ptr<RankGroup> group = nullptr;  // the ranks of the model; null: one
 };
 
 // The devices that this build can run a model on, on this machine; slowest first.
