@@ -39,7 +39,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 _IGNORED = ("max_lora_rank", "swap_space", "disable_custom_all_reduce", "disable_log_requests")
 _INSTEAD = {
     "cpu_offload_gb": "octavo keeps a model in one memory: a smaller one, or quantize='int8'",
-    "data_parallel_size": "start several processes",
+    "data_parallel_size": "start several processes (docs/replicas.md)",
     "distributed_executor_backend": "tensor_parallel_size: ranks are processes of one machine",
     "download_dir": "the environment variable OCTAVO_HOME names the folder for models",
     "enable_chunked_prefill": "prompts are always computed in chunks of max_num_batched_tokens",

@@ -37,6 +37,7 @@ NOT_RUN = {
     r"pip install|python3 -m venv|^git clone|^cmake |\.venv/bin/activate": "installs octavo",
     r"^python -m pytest": "tests; the stage test of CI does it",
     r"--sensitivity|--bits-per-weight": "measures each matrix, for minutes; see tests/quantization",
+    r"^serve run ": "needs Ray; the stage clients of CI does it",
     r"--api-key|lm_eval": "needs another package",
     r"--install-completion": "writes into the files of the reader's shell",
 }

@@ -392,6 +392,8 @@ def test_metrics_of_the_prefix_cache_are_those_of_the_engine(llm: LLM) -> None:
         ({"port": 70000}, "port is 70000"),
         ({"api_keys": ("",)}, "API key is empty"),
         ({"api_keys": ("ä",)}, "ASCII"),
+        ({"api_keys": "key"}, "api_keys is 'key'; expected a list"),
+        ({"allowed_origins": "https://example.org"}, "expected a list"),
         ({"served_names": ()}, "served_names"),
         ({"shutdown_timeout": -1}, "shutdown_timeout is -1"),
         ({"stall_timeout": 0}, "stall_timeout is 0"),

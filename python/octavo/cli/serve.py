@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from octavo.cli.common import named_adapters
 from octavo.cli.options import (
@@ -19,9 +17,6 @@ from octavo.cli.options import (
     option,
 )
 from octavo.config import EngineConfig, check_choice, read_environment
-
-if TYPE_CHECKING:
-    from octavo.llm import LLM
 
 _listen = partial(option, panel="Listen")
 _limits = partial(option, panel="Limits")
@@ -178,27 +173,8 @@ def serve(
         served_names=names or (model if model else path.name,),
         defaults=read_defaults(path) if formats.generation_config == "auto" else {},
     )
+    from octavo.server.application import load_logged
     from octavo.server.serving import serve as run_server
 
     adapters = named_adapters(adapter, options.served_names)
-    run_server(options, partial(_load, path, config, adapters))
-
-
-def _load(path: Path, config: EngineConfig, adapters: dict[str, Path]) -> LLM:
-    """The model; while it loads, the server's log says how much is done."""
-    from octavo.llm import LLM
-    from octavo.progress import log_bytes
-    from octavo.server.logs import log_event
-
-    write = partial(log_event, logging.getLogger("octavo.server"), logging.INFO)
-    on_load = log_bytes(write, f"loading {path.name}")
-    llm = LLM(path, config=config, on_load=on_load, adapters=adapters)
-    for line in llm.notes:
-        write(line)
-    if llm.tokenizer is None:
-        warning = (
-            f"{path} holds no tokenizer.json: only prompts of token ids are taken, and answers "
-            f"have no text; `octavo generate hi -m {path}` says how to make one"
-        )
-        log_event(logging.getLogger("octavo.server"), logging.WARNING, warning)
-    return llm
+    run_server(options, partial(load_logged, path, config, adapters))

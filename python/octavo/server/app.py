@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Lifespan
 
 import octavo
 from octavo.engine.admission import part_id
@@ -76,14 +76,15 @@ class _App(FastAPI):
         return schema
 
 
-def create_app(service: Service) -> ASGIApp:
-    """The application, ready for an ASGI server. The caller starts the service."""
+def create_app(service: Service, lifespan: Lifespan[_App] | None = None) -> ASGIApp:
+    """The application, ready for an ASGI server. lifespan starts the service, or the caller."""
     app = _App(
         title="octavo",
         version=octavo.__version__,
         description="OpenAI's API, as vLLM speaks it.",
         docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
+        lifespan=lifespan,
     )
     # Of any other exception RequestMiddleware logs the traceback.
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):

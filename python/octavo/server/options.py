@@ -59,6 +59,8 @@ class ServerOptions:
                     f"{name} is {getattr(self, name)!r}; expected {expected}"
                 )
 
+        for name in ("api_keys", "served_names", "allowed_origins"):  # a text has items, too
+            check(name, not isinstance(getattr(self, name), str), "a list of texts")
         check("port", 0 <= self.port <= 65535, "0 (any) to 65535")
         check("max_body_bytes", self.max_body_bytes >= 1, "1 or more")
         if not all(self.api_keys):
