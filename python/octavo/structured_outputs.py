@@ -12,14 +12,14 @@ from octavo.errors import InvalidArgumentError
 MAX_TEXT = 1 << 20  # characters of a schema or a grammar
 MAX_REGEX = 1 << 16
 MAX_CHOICES = 10_000
-_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _IGNORED = {"disable_fallback"}  # vLLM's: whether another library may be tried
 _SWITCHES = ("disable_any_whitespace", "disable_additional_properties", "strict")
 
 
 @dataclass(frozen=True)
 class StructuredOutputs:
-    """A constraint on the text of an answer; exactly one of the first five is given.
+    """A constraint on the text of an answer; exactly one of the first six is given.
 
     The names are those of vLLM's `StructuredOutputsParams`.
 
@@ -29,6 +29,9 @@ class StructuredOutputs:
     choice: the text is one of these strings.
     grammar: the text is in the language of this grammar, in Lark's or GBNF's syntax.
     json_object: True: the text is any JSON object.
+    structural_tag: free text in which some parts follow schemas, expressions or grammars: a mapping
+        as xgrammar has it ({"format": ...}, or {"structures", "triggers"}), or its JSON text. It is
+        kept as JSON text.
     whitespace_pattern: a regular expression of what may stand between two elements of JSON, where
         anything does; None: up to 64 spaces, tabs and line ends.
     disable_any_whitespace: JSON without whitespace.
@@ -44,6 +47,7 @@ class StructuredOutputs:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: Mapping[str, Any] | str | None = None
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
@@ -59,7 +63,14 @@ class StructuredOutputs:
                 f"one of {', '.join(_KINDS)}"
             )
         if self.json is not None:
-            object.__setattr__(self, "json", _schema_text(self.json))
+            object.__setattr__(self, "json", _json_text(self.json, "the JSON schema"))
+        if self.structural_tag is not None:
+            text = _json_text(self.structural_tag, "structural_tag")
+            if text in ("true", "false"):
+                raise InvalidArgumentError(
+                    f"structural_tag is {text}; expected an object, or its JSON text"
+                )
+            object.__setattr__(self, "structural_tag", text)
         if self.choice is not None:
             object.__setattr__(self, "choice", _check_choice(self.choice))
         for name, limit in (("regex", MAX_REGEX), ("grammar", MAX_TEXT)):
@@ -93,22 +104,22 @@ class StructuredOutputs:
         )
 
 
-def _schema_text(schema: Any) -> str:
+def _json_text(schema: Any, name: str) -> str:
     try:
         found = _loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(found, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise InvalidArgumentError(
-            f"the JSON schema is no JSON: {error}; expected an object, or its JSON text"
+            f"{name} is no JSON: {error}; expected an object, or its JSON text"
         ) from error
     if not isinstance(found, (Mapping, bool)):
         raise InvalidArgumentError(
-            f"the JSON schema is {type(found).__name__}; expected an object, or its JSON text"
+            f"{name} is {type(found).__name__}; expected an object, or its JSON text"
         )
     if len(text) > MAX_TEXT:
         raise InvalidArgumentError(
-            f"the JSON schema has {len(text)} characters; expected at most {MAX_TEXT}"
+            f"{name} has {len(text)} characters; expected at most {MAX_TEXT}"
         )
     return text
 

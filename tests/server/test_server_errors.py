@@ -74,7 +74,13 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETIONS, {"structured_outputs": {"jsn": {}}}, "structured_outputs"),
     (COMPLETIONS, {"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
     (COMPLETIONS, {"response_format": {"type": "json_schema"}}, "response_format"),
+    (COMPLETIONS, {"structured_outputs": {"structural_tag": {}}}, "structured_outputs"),
     (COMPLETIONS, {"response_format": {"type": "structural_tag"}}, "response_format"),
+    (
+        COMPLETIONS,
+        {"response_format": {"type": "structural_tag", "format": {"type": "exclude_token"}}},
+        "response_format",
+    ),
     (COMPLETIONS, {"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
     (COMPLETIONS, {"response_format": {"type": ["text"]}}, "response_format"),
     (CHAT, {"messages": []}, "messages"),

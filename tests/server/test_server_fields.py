@@ -25,7 +25,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"grammar": 'root ::= "yes"'}, "its name here is guided_grammar"),
     ({"json_schema": {"type": "object"}}, "its name here is guided_json"),
     ({"regex": "yes"}, "its name here is guided_regex"),
-    ({"structural_tag": {"begin": "x"}}, "leave it out"),
+    ({"structural_tag": {"begin": "x"}}, "its name here is structured_outputs, as in"),
     ({"echo": True}, "leave it out"),
     ({"tfs_z": 0.9}, "leave it out"),
     ({"typ_p": 0.9}, "its name here is typical_p"),

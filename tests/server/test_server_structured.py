@@ -73,6 +73,12 @@ def message(**more: Any) -> dict[str, Any]:
 
 COMPACT = {"disable_any_whitespace": True}
 SCHEMA_FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
+TAG = {"begin": "no<", "content": {"type": "json_schema", "json_schema": SCHEMA}, "end": ">"}
+ONE_TAG = {
+    **{"type": "triggered_tags", "triggers": ["no"], "tags": [{"type": "tag", **TAG}]},
+    **{"stop_after_first": True},
+}
+OLDER_TAG = {"triggers": ["("], "structures": [{"begin": "(", "schema": SCHEMA, "end": ")"}]}
 SPELLINGS: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"json": SCHEMA, **COMPACT}}, r'\{"a":[0-9]{2}\}'),
     ({"structured_outputs": {"json": json.dumps(SCHEMA), **COMPACT}}, r'\{"a":[0-9]{2}\}'),
@@ -87,6 +93,16 @@ SPELLINGS: list[tuple[dict[str, Any], str]] = [
     ({"guided_grammar": 'root ::= "u" | "v" root'}, "v*u"),
     ({"response_format": SCHEMA_FORMAT}, r'\{\s*"a"\s*:\s*[0-9]{2}\s*\}'),
     ({"response_format": {"type": "json_object", "schema": SCHEMA}}, r'\{\s*"a"\s*:\s*..\s*\}'),
+    (
+        {"response_format": {"type": "structural_tag", "format": ONE_TAG}},
+        r'no<\{\s*"a"\s*:\s*..\s*\}>',
+    ),
+    (
+        {"structured_outputs": {"structural_tag": {"format": ONE_TAG}, **COMPACT}},
+        r'no<\{"a":[0-9]{2}\}>',
+    ),
+    ({"structured_outputs": {"structural_tag": json.dumps(OLDER_TAG)}}, "no"),
+    ({"response_format": {"type": "structural_tag", **OLDER_TAG}}, "no"),
     ({"response_format": {"type": "text"}}, "no"),
     ({"structured_outputs": {}}, "no"),
     ({"guided_json_object": False}, "no"),

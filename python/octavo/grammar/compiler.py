@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from octavo.errors import InvalidArgumentError
-from octavo.grammar.lark import lark_of
+from octavo.grammar.lark import Piece, lark_of
 from octavo.grammar.matcher import Grammar, short_error, start_matcher
 from octavo.grammar.repair import SchemaRepair
 from octavo.grammar.vocabulary import Vocabulary
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_GRAMMARS = 256
 MAX_KEPT_TEXT = 16 << 20  # characters of what they were made of
+_KINDS = ("regex", "choice", "structural_tag", "grammar")
 _LARK_PROBLEM = re.compile(r"at (\d+)\((\d+)\): (.*?)(\n +\d+ \| |$)", re.DOTALL)
 
 
@@ -85,16 +86,31 @@ class Grammars:
                 self._kept.move_to_end(wanted)
                 return found[0]
         vocabulary = self.prepare()
-        lark, reader = lark_of(wanted)
+        text = lark_of(wanted, vocabulary.special)
+        lark = str(text)
         whole = start_matcher(vocabulary.tokens, lark)
-        if whole.is_error() and reader is not None:
-            lark, whole = SchemaRepair(vocabulary.tokens, reader, wanted).repaired(whole)
+        if whole.is_error():
+            for piece in text.pieces:
+                with piece.named():
+                    self._mend(piece)
+            lark = str(text)
+            whole = start_matcher(vocabulary.tokens, lark)
         if whole.is_error():
             raise _named(whole, wanted)
         first = None if vocabulary.first is None else start_matcher(vocabulary.first, lark)
         grammar = Grammar(vocabulary, whole, first)
         self._keep(wanted, grammar, len(lark))
         return grammar
+
+    def _mend(self, piece: Piece) -> None:
+        """Leave out of a schema what cannot be followed, if it may be. Raises if it is wrong."""
+        vocabulary = self.prepare()
+        if piece.reader is not None:
+            SchemaRepair(vocabulary.tokens, piece.reader, piece.wanted).mend()
+            return
+        alone = start_matcher(vocabulary.tokens, str(lark_of(piece.wanted, vocabulary.special)))
+        if alone.is_error():
+            raise _named(alone, piece.wanted)
 
     def _keep(self, wanted: StructuredOutputs, grammar: Grammar, size: int) -> None:
         with self._changing:
@@ -115,5 +131,5 @@ def _named(matcher: LLMatcher, wanted: StructuredOutputs) -> InvalidArgumentErro
     if where:
         line, column, text, _ = where.groups()
         problem = f"{' '.join(text.split())}, at line {line}, column {column}"
-    kind = "regex" if wanted.regex is not None else "grammar"
+    kind = next((kind for kind in _KINDS if getattr(wanted, kind) is not None), "JSON schema")
     return InvalidArgumentError(f"the {kind} cannot be followed: {problem}")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from octavo.errors import InvalidArgumentError
 from octavo.grammar.schema import SchemaReader
 from octavo.structured_outputs import StructuredOutputs
+
+if TYPE_CHECKING:
+    from octavo.grammar.tag_formats import GrammarText, JsonSchema, Regex
 
 # Any way of cutting the text into tokens is allowed, not the tokenizer's own alone: what is masked
 # follows from the text, and the model decides among the rest.
@@ -17,25 +22,105 @@ ANY_TOKENS = '\n%llguidance {"no_forcing": true}\n'
 WHITESPACE = r"[ \n\r\t]{1,64}"
 
 
-def lark_of(wanted: StructuredOutputs) -> tuple[str, SchemaReader | None]:
-    """The grammar of these structured outputs, and the schema that is the whole of it, if one is.
+@dataclass(frozen=True)
+class Piece:
+    """A schema, an expression or a grammar by itself, and where it stands in a structural tag.
 
+    reader: of a schema. A schema that is changed there changes in the whole, too. lark: a grammar.
+    """
+
+    wanted: StructuredOutputs
+    place: str = ""
+    reader: SchemaReader | None = None
+    lark: str | None = None
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors say where it stands."""
+        try:
+            yield
+        except InvalidArgumentError as error:
+            raise type(error)(f"{self.place}: {error}" if self.place else str(error)) from error
+
+
+@dataclass
+class LarkText:
+    """Rules of a grammar, of which `start` is the first, and the pieces that they name.
+
+    pieces: number i is the rule json_i if it is a schema, and the grammar grammar_i if it is one.
+    """
+
+    rules: str = ""
+    pieces: list[Piece] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """As the library takes it."""
+        rules, grammars = [self.rules], []
+        for number, piece in enumerate(self.pieces):
+            if piece.reader is not None:
+                rules.append(f"json_{number}: {json_rule(piece.reader.schema, piece.wanted)}")
+            elif piece.lark is not None:
+                grammars.append({"name": f"grammar_{number}", "lark_grammar": piece.lark})
+        lark = "\n".join(rules) + ANY_TOKENS
+        return json.dumps({"grammars": [{"lark_grammar": lark}, *grammars]}) if grammars else lark
+
+
+def lark_of(wanted: StructuredOutputs, special: Mapping[str, int]) -> LarkText:
+    """The grammar of these structured outputs.
+
+    special: tokens that no text is made of, by what they read; a structural tag may name them.
     Raises InvalidArgumentError.
     """
+    if wanted.structural_tag is not None:
+        return _lark_of_tag(wanted, special)
     if wanted.json is not None or wanted.json_object:
-        text = '{"type": "object"}' if wanted.json is None else str(wanted.json)
-        reader = SchemaReader(
-            text,
-            strict=wanted.strict,
-            disable_additional_properties=wanted.disable_additional_properties,
-        )
-        return lark_of_schema(reader.schema, wanted), reader
+        return LarkText("start: json_0", [Piece(wanted, "", _reader_of(wanted))])
     if wanted.choice is not None:
         texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in wanted.choice)
-        return f"start: CHOICE\nCHOICE: {texts}{ANY_TOKENS}", None
+        return LarkText(f"start: CHOICE\nCHOICE: {texts}")
     if wanted.regex is not None:
-        return f"start: /{_lark_regex(wanted.regex)}/{ANY_TOKENS}", None
-    return f"{_lark_grammar(str(wanted.grammar))}{ANY_TOKENS}", None
+        return LarkText(f"start: /{_lark_regex(wanted.regex)}/")
+    return LarkText(_lark_grammar(str(wanted.grammar)))
+
+
+def _lark_of_tag(wanted: StructuredOutputs, special: Mapping[str, int]) -> LarkText:
+    from octavo.grammar.tag_formats import read_structural_tag
+    from octavo.grammar.tag_rules import TagRules
+
+    found = LarkText()
+
+    def add(piece: Piece) -> int:
+        with piece.named():
+            if piece.wanted.json is not None:
+                piece = replace(piece, reader=_reader_of(piece.wanted))
+            if piece.wanted.grammar is not None:
+                piece = replace(piece, lark=_lark_grammar(piece.wanted.grammar))
+        found.pieces.append(piece)
+        return len(found.pieces) - 1
+
+    def leaf(part: JsonSchema | GrammarText) -> str:
+        if part.type == "grammar":
+            return f"@grammar_{add(Piece(StructuredOutputs(grammar=part.grammar), part.place))}"
+        strict = wanted.strict if part.strict is None else part.strict
+        alone = replace(wanted, structural_tag=None, json=part.json_schema, strict=strict)
+        return f"json_{add(Piece(alone, part.place))}"
+
+    def regex(part: Regex) -> str:
+        add(Piece(StructuredOutputs(regex=part.pattern), part.place))
+        return _lark_regex(part.pattern)
+
+    found.rules = TagRules(special, leaf, regex).write(
+        read_structural_tag(str(wanted.structural_tag))
+    )
+    return found
+
+
+def _reader_of(wanted: StructuredOutputs) -> SchemaReader:
+    return SchemaReader(
+        '{"type": "object"}' if wanted.json is None else str(wanted.json),
+        strict=wanted.strict,
+        disable_additional_properties=wanted.disable_additional_properties,
+    )
 
 
 def lark_of_schema(schema: Mapping[str, Any], wanted: StructuredOutputs) -> str:

@@ -43,19 +43,16 @@ class SchemaRepair:
         self._tokens, self._reader, self._wanted = tokens, reader, wanted
         self._end = time.monotonic() + _SECONDS
 
-    def repaired(self, matcher: LLMatcher) -> tuple[str, LLMatcher]:
-        """A grammar and its matcher without what cannot be followed, if the request is not strict.
+    def mend(self) -> None:
+        """Leave out of the reader's schema what cannot be followed, if the request is not strict.
 
-        matcher: the one with the error. Raises an InvalidArgumentError with the place of what
-        cannot be left out.
+        Raises an InvalidArgumentError with the place of what cannot be left out.
         """
-        while matcher.is_error():
+        while (matcher := self._start(self._reader.schema)).is_error():
             node, problem = self._innermost(self._reader.schema, problem_of(matcher))
             may_leave_out = not self._wanted.strict and not _is_unmet(problem)
             if not (may_leave_out and self._weaken(node)):
                 raise problem_at(self._reader.pointers.get(id(node), ""), problem)
-            matcher = self._start(self._reader.schema)
-        return lark_of_schema(self._reader.schema, self._wanted), matcher
 
     def _start(self, node: Mapping[str, Any]) -> LLMatcher:
         """A matcher of one schema by itself; references lead to definitions alone."""

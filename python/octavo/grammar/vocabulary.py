@@ -33,6 +33,7 @@ class Vocabulary:
     """The tokens of one model.
 
     end: the number of the token that stands for the end of the text, one past the model's last.
+    special: the tokens that no text is made of, but for the ends of text, by what they read.
     tokens: by it the bytes of every token are known. first: the same for the first token of an
     answer that is no continuation, where sentencepiece drops a space; None where nothing changes.
     """
@@ -48,6 +49,7 @@ class Vocabulary:
 
         self.end = vocab_size
         special = sorted(i for i in tokenizer.special_ids.union(end_ids) if i < vocab_size)
+        self.special = {str(tokenizer.token(i)): i for i in special if i not in end_ids}
 
         def make(data: list[bytes]) -> LLTokenizer:
             for token in special:

@@ -36,6 +36,7 @@ _OTHER_NAMES = {
     "json_schema": "guided_json",
     "regex": "guided_regex",
     "format": "response_format",
+    "structural_tag": 'structured_outputs, as in {"structural_tag": …}',
     "typ_p": "typical_p",
     **dict.fromkeys(("banned_strings", "custom_token_bans"), "bad_words"),
     "no_stop_trim": "include_stop_str_in_output",
@@ -62,7 +63,7 @@ _REFUSED = _words(
     prompt_truncate_len raw reasoning_budget reasoning_format repeat_last_n repetition_context_size
     repetition_detection return_hidden_states return_prompt_text return_token_ids return_tokens
     return_tokens_as_token_ids safe_prompt sampler_order sampler_priority sampler_seq samplers
-    sampling_params session_params smoothing_factor stop_regex structural_tag suppress_tokens system
+    sampling_params session_params smoothing_factor stop_regex suppress_tokens system
     system_prompt t_max_predict_ms temperature_last template tfs_z think thinking_budget
     thinking_forced_open thinking_token_budget token_ids_logprob tokenization_kwargs tool_prompt
     top_a transforms truncate truncate_prompt_tokens verbosity vllm_xargs watermark

@@ -74,9 +74,13 @@ def _response_format(given: dict[str, Any]) -> dict[str, Any] | None:
     if kind == "json_object":
         schema = given.get("schema")  # llama.cpp's and others' addition
         return {"json_object": True} if schema is None else {"json": schema, "strict": False}
+    if kind == "structural_tag":
+        wanted = {name: value for name, value in given.items() if name != "strict"}
+        return {"structural_tag": wanted, "strict": given.get("strict") is True}
     if kind != "json_schema":
         raise bad_request(
-            f"response_format is of type {kind!r}; expected 'text', 'json_object' or 'json_schema'",
+            f"response_format is of type {kind!r}; expected 'text', 'json_object', 'json_schema' "
+            "or 'structural_tag'",
             "response_format",
         )
     inner = given.get("json_schema")

@@ -1,0 +1,241 @@
+"""Structural tags as rules of a grammar.
+
+Free text ends where it first reads as what ends it: both are one terminal, which the library ends
+as soon as it can. So a format is written together with what ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+
+from octavo.errors import InvalidArgumentError
+from octavo.grammar.tag_formats import (
+    AnyText,
+    ConstString,
+    Dispatch,
+    Format,
+    GrammarText,
+    JsonSchema,
+    Or,
+    Regex,
+    Repeat,
+    Repeated,
+    Sequence,
+    Tag,
+    TagsWithSeparator,
+    Token,
+    TriggeredTags,
+)
+
+# One of these ends a format: a text, or a special token by its number.
+# (): something else follows; None: nothing does.
+Ends = tuple[str | int, ...] | None
+
+_EMPTY = '""'
+_ANY = "/(?s:.*)/"
+_SIGNS = {"optional": "?", "star": "*", "plus": "+"}
+
+
+class TagRules:
+    """Writes the rules of one structural tag.
+
+    special: the tokens that no text is made of, by what they read. leaf: gives a rule for a schema
+    or a grammar. regex: an expression as a grammar has it between two slashes.
+    """
+
+    def __init__(
+        self,
+        special: Mapping[str, int],
+        leaf: Callable[[JsonSchema | GrammarText], str],
+        regex: Callable[[Regex], str],
+    ) -> None:
+        self._special, self._leaf, self._regex = special, leaf, regex
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special_text = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._names: dict[
+            tuple[str, str], str
+        ] = {}  # by the letter and the options, and what they are
+        self._written: dict[tuple[int, Ends], tuple[Format, str]] = {}
+
+    def write(self, whole: Format) -> str:
+        """All rules, `start` being the first. Raises InvalidArgumentError with the place."""
+        start = f"start: {self._write(whole, None)}"
+        rules = (f"{name}{kind[1:]}: {is_}" for (kind, is_), name in self._names.items())
+        return "\n".join([start, *rules])
+
+    def _write(self, part: Format, ends: Ends) -> str:
+        """The name of a rule for a format and one of the ends behind it."""
+        key = id(part), ends
+        if key not in self._written:  # the format is kept, so its id is no other's
+            self._written[key] = part, self._name(self._expression(part, ends))
+        return self._written[key][1]
+
+    def _name(self, expression: str, options: str = "", letter: str = "r") -> str:
+        name = f"{letter}{len(self._names)}"
+        return self._names.setdefault((letter + options, expression), name)
+
+    def _expression(self, part: Format, ends: Ends) -> str:
+        if ends == () and _is_free(part):
+            raise InvalidArgumentError(
+                f"{part.place}: nothing says where this text ends; expected it last, in a tag that "
+                "has an end, or before a const_string, a token or a tag that has a begin"
+            )
+        terminal = self._terminal(part)
+        if terminal is not None:
+            return self._until(self._name(terminal, letter="T"), ends)
+        if isinstance(part, TriggeredTags):
+            return self._write(part.as_dispatch(), ends)
+        if isinstance(part, TagsWithSeparator):
+            return self._write(part.as_sequence(), ends)
+        if isinstance(part, Dispatch):
+            return self._dispatch(part, ends)
+        if isinstance(part, Sequence):
+            return self._sequence(part, ends)
+        if isinstance(part, Or):
+            return " | ".join(self._write(each, ends) for each in part.elements)
+        if isinstance(part, Tag):
+            return self._tag(part, ends)
+        if isinstance(part, Repeated) and part.type == "optional":
+            return f"{self._write(part.content, ends)} | {self._one_of(ends) or _EMPTY}"
+        return f"{self._write(part, ())} {self._one_of(ends)}" if ends else self._closed(part)
+
+    def _closed(self, part: Format) -> str:
+        """A format that says itself where it ends."""
+        if isinstance(part, ConstString):
+            return self._spell(part.value)
+        if isinstance(part, Token):
+            return self._spell(self._number(part))
+        if isinstance(part, Repeated):
+            return self._write(part.content, ()) + _SIGNS[part.type]
+        if isinstance(part, Repeat):
+            return self._write(part.content, ()) + _times(part)
+        if isinstance(part, (JsonSchema, GrammarText)):
+            return self._leaf(part)
+        raise TypeError(f"{type(part).__name__} is no format")
+
+    def _terminal(self, part: Format) -> str | None:
+        """A format in which all is text and expressions, as one expression."""
+        if isinstance(part, AnyText):
+            return _free(part)
+        if isinstance(part, Regex):
+            return f"/{self._regex(part)}/"
+        if isinstance(part, ConstString) and not self._special_text.search(part.value):
+            return json.dumps(part.value, ensure_ascii=False)
+        inner = part.elements if isinstance(part, (Sequence, Or)) else []
+        if isinstance(part, (Repeated, Repeat)):
+            inner = [part.content]
+        found = [each for each in map(self._terminal, inner) if each is not None]
+        if not found or len(found) < len(inner):
+            return None
+        sign = _SIGNS[part.type] if isinstance(part, Repeated) else ""
+        sign = _times(part) if isinstance(part, Repeat) else sign
+        return f"({(' | ' if isinstance(part, Or) else ' ').join(found)}){sign}"
+
+    def _until(self, terminal: str, ends: Ends) -> str:
+        """A terminal and the first of the ends, wherever it comes."""
+        if not ends:
+            return terminal
+        texts = [json.dumps(end, ensure_ascii=False) for end in ends if isinstance(end, str)]
+        found = [self._name(f"{terminal} ({' | '.join(texts)})", "[lazy]")] if texts else []
+        for end in ends:
+            if isinstance(end, int) or self._special_text.match(end):
+                found.append(f"{terminal} {self._spell(end)}")
+        return f"({' | '.join(found)})"
+
+    def _dispatch(self, part: Dispatch, ends: Ends) -> str:
+        free = self._name(_free(part), letter="T")
+        cases = " | ".join(
+            f"{self._until(free, (pattern,))} {self._write(then, () if part.loop else ends)}"
+            for pattern, then in part.rules
+        )
+        return f"({cases}){'*' if part.loop else ' |'} {self._until(free, ends)}"
+
+    def _sequence(self, part: Sequence, ends: Ends) -> str:
+        found: list[str] = []
+        waiting: list[Format] = [*part.elements]
+        while waiting:
+            one = waiting.pop(0)
+            head, rest = (None, None) if not waiting else self._head(waiting[0])
+            if not waiting:
+                found.append(self._write(one, ends))
+            elif head is None or not (_is_free(one) or self._terminal(one) is not None):
+                found.append(self._write(one, ()))
+            else:
+                found.append(self._write(one, (head,)))
+                waiting[0] = rest or ConstString(value="")
+        return " ".join(found)
+
+    def _head(self, part: Format) -> tuple[str | int | None, Format | None]:
+        """What a format begins with in any case, and the rest of it."""
+        if isinstance(part, ConstString) and part.value:
+            return part.value, None
+        if isinstance(part, Token):
+            return self._number(part), None
+        if isinstance(part, Tag) and part.begin:
+            return self._literal(part.begin), part.model_copy(update={"begin": ""})
+        return None, None
+
+    def _tag(self, part: Tag, ends: Ends) -> str:
+        begin = self._spell(self._literal(part.begin))
+        given = part.end if isinstance(part.end, list) else [part.end]
+        if given == [""]:
+            return f"{begin} {self._write(part.content, ends)}"
+        own = tuple(self._literal(each) for each in given)
+        return f"{begin} {self._write(part.content, own)} {self._one_of(ends)}"
+
+    def _literal(self, given: str | Token) -> str | int:
+        return self._number(given) if isinstance(given, Token) else given
+
+    def _number(self, part: Token) -> int:
+        number = self._special.get(part.token) if isinstance(part.token, str) else part.token
+        if number is None or number not in self._special.values():
+            raise InvalidArgumentError(
+                f"{part.place}: {part.token!r} is no special token within a text of this model; "
+                "expected one, or a const_string for what other tokens read"
+            )
+        return number
+
+    def _one_of(self, ends: Ends) -> str:
+        return self._name(" | ".join(map(self._spell, ends))) if ends else ""
+
+    def _spell(self, end: str | int) -> str:
+        """A text as it is written: what reads like a special token may be that token."""
+        if isinstance(end, int):
+            return f"<[{end}]>"
+        found, last = [], 0
+        for special in self._special_text.finditer(end):
+            text = json.dumps(special[0], ensure_ascii=False)
+            found.append(json.dumps(end[last : special.start()], ensure_ascii=False))
+            found.append(f"({text} | <[{self._special[special[0]]}]>)")
+            last = special.end()
+        return " ".join([*found, json.dumps(end[last:], ensure_ascii=False)])
+
+
+def _is_free(part: Format) -> bool:
+    """Whether it may end with free text, so that another must say where."""
+    if isinstance(part, Sequence):
+        return _is_free(part.elements[-1])
+    if isinstance(part, Or):
+        return any(map(_is_free, part.elements))
+    if isinstance(part, Repeated):
+        return part.type == "optional" and _is_free(part.content)
+    if isinstance(part, Tag):
+        return part.end == "" and _is_free(part.content)
+    if isinstance(part, TriggeredTags):
+        return not (part.at_least_one and part.stop_after_first) or any(map(_is_free, part.tags))
+    return isinstance(part, (AnyText, Dispatch))
+
+
+def _free(part: AnyText | Dispatch) -> str:
+    most = part.max_chars if isinstance(part, AnyText) else None
+    text = _ANY if most is None else f"/(?s:.{{0,{most}}})/"
+    if not part.excludes:
+        return text
+    words = " | ".join(json.dumps(each, ensure_ascii=False) for each in part.excludes)
+    return f"({text} & ~({_ANY} ({words}) {_ANY}))"
+
+
+def _times(part: Repeat) -> str:
+    return f"{{{part.min},{'' if part.max == -1 else part.max}}}"
