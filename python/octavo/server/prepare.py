@@ -12,7 +12,7 @@ from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.beams import beam_params, check_beams
-from octavo.server.errors import ApiError, bad_request, field_of, to_api_error
+from octavo.server.errors import bad_request, to_api_error
 from octavo.server.formats import ChatFormat, CompletionFormat, Head
 from octavo.server.prompt_logprobs import PromptLogprobs
 from octavo.server.protocol import (
@@ -23,7 +23,8 @@ from octavo.server.protocol import (
     check_supported,
 )
 from octavo.server.structured import (
-    call_grammar,
+    calls_of_tools,
+    compile_error,
     demands_json,
     forced_tools,
     structured_field,
@@ -201,8 +202,7 @@ def _compile(model: LoadedModel, body: SamplingBody, params: SamplingParams) -> 
     try:
         model.engine.grammars.of(params)
     except InvalidArgumentError as error:
-        field = structured_field(body) or "tool_choice"
-        raise ApiError(400, str(error), param=field_of(str(error)) or field) from error
+        raise compile_error(error, body) from error
 
 
 def force_tools(
@@ -215,8 +215,7 @@ def force_tools(
     if params.structured_outputs is not None:
         field = structured_field(body)
         raise bad_request(f"{field} is given, but tool_choice leaves no room for it", field)
-    grammar = call_grammar(body, numbers, tool_format, model.tokenizer)
-    return replace(params, structured_outputs=grammar)
+    return replace(params, structured_outputs=calls_of_tools(body, numbers, tool_format))
 
 
 def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingParams:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import re
+from typing import Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
-from octavo.grammar.lark import json_rule
-from octavo.grammar.schema import SchemaReader
-from octavo.server.errors import ApiError, bad_request
+from octavo.server.errors import ApiError, bad_request, field_of
 from octavo.server.protocol import ChatBody, SamplingBody
 from octavo.server.tools import ToolFormat, arguments_key, tags_of
 from octavo.structured_outputs import StructuredOutputs
 
-if TYPE_CHECKING:
-    from octavo.text.tokenizer import Tokenizer
-
+# An error about the parameters of a tool; see `calls_of_tools`.
+_OF_TOOL = re.compile(r"structural_tag\.format\.tags\[(\d+)\]\.content: (.*)", re.DOTALL)
 # vLLM's older spelling.
 _GUIDED = {
     "guided_json": "json",
@@ -116,47 +114,55 @@ def forced_tools(body: ChatBody) -> list[int] | None:
     return [names.index(name)]
 
 
-def call_grammar(
-    body: ChatBody, numbers: list[int], tool_format: ToolFormat, tokenizer: Tokenizer | None
+def calls_of_tools(
+    body: ChatBody, numbers: list[int], tool_format: ToolFormat
 ) -> StructuredOutputs:
-    """A grammar of calls of these tools, written as the model writes them.
+    """Calls of these tools, written as the model writes them.
 
     One call; several where any tool will do and the body does not forbid it. Raises an ApiError
-    that names the tool whose parameters cannot be followed.
+    that names the tool whose parameters are no schema.
     """
-    open_tag, close_tag = (_tag(tag, tokenizer) for tag in tags_of(tool_format))
-    many = body.tool_choice == "required" and body.parallel_tool_calls is not False
-    between = '"\\n"' if open_tag else '"; "'
-    call = f'{open_tag} "\\n" body "\\n" {close_tag}' if open_tag else "body"
-    rules = [
-        f"start: call ({between} call)*" if many else "start: call",
-        f"call: {call}",
-        "body: " + " | ".join(f"body_{number}" for number in numbers),
-    ]
+    open_tag, close_tag = tags_of(tool_format)
+    tags = []
     for number in numbers:
         function = (body.tools or [])[number]["function"]
         head = f'{{"name": {json.dumps(function["name"])}, "{arguments_key(tool_format)}": '
-        rule = _arguments(function, f"tools[{number}].function.parameters")
-        rules.append(f'body_{number}: {json.dumps(head)} arguments_{number} "}}"')
-        rules.append(f"arguments_{number}: {rule}")
-    return StructuredOutputs(grammar="\n".join(rules))
+        content = {
+            "type": "json_schema",
+            "json_schema": _parameters(function, number),
+            "strict": function.get("strict") is True,
+        }
+        begin, end = (f"{open_tag}\n{head}", f"}}\n{close_tag}") if open_tag else (head, "}")
+        tags.append({"type": "tag", "begin": begin, "content": content, "end": end})
+    calls = {
+        "type": "tags_with_separator",
+        "tags": tags,
+        "separator": "\n" if open_tag else "; ",
+        "at_least_one": True,
+        "stop_after_first": body.tool_choice != "required" or body.parallel_tool_calls is False,
+    }
+    return StructuredOutputs(structural_tag={"format": calls}, disable_additional_properties=True)
 
 
-def _arguments(function: dict[str, Any], param: str) -> str:
-    strict = function.get("strict") is True
+def _parameters(function: dict[str, Any], number: int) -> dict[str, Any]:
     schema = function.get("parameters")
     try:
-        wanted = StructuredOutputs(json={} if schema is None else schema, strict=strict)
-        reader = SchemaReader(str(wanted.json), strict=strict, disable_additional_properties=True)
+        found = json.loads(str(StructuredOutputs(json={} if schema is None else schema).json))
     except OctavoError as error:
-        raise ApiError(400, str(error), param=param) from error
-    reader.schema.setdefault("type", "object")
-    return json_rule(reader.schema, wanted)
+        raise bad_request(str(error), f"tools[{number}].function.parameters") from error
+    if found is False:
+        raise bad_request(
+            "the JSON schema is false, which nothing meets", f"tools[{number}].function.parameters"
+        )
+    return {"type": "object", **(found if isinstance(found, dict) else {})}
 
 
-def _tag(tag: str, tokenizer: Tokenizer | None) -> str:
-    """How a grammar names a tag: a special token by its number, other text as it is."""
-    token = None if tokenizer is None else tokenizer.token_id(tag)
-    if tokenizer is not None and token is not None and token in tokenizer.special_ids:
-        return f"<[{token}]>"
-    return json.dumps(tag) if tag else ""
+def compile_error(error: InvalidArgumentError, body: SamplingBody) -> ApiError:
+    """The error about what the text is to be, with its field, which may be one of the tools."""
+    numbers = forced_tools(body) if isinstance(body, ChatBody) else None
+    of_tool = None if numbers is None else _OF_TOOL.match(str(error))
+    if numbers is not None and of_tool is not None:
+        number, message = numbers[int(of_tool[1])], of_tool[2]
+        return bad_request(message, f"tools[{number}].function.parameters")
+    field = structured_field(body) or "tool_choice"
+    return bad_request(str(error), field_of(str(error)) or field)

@@ -168,8 +168,8 @@ class Llama3Parser:
 class ForcedParser:
     """Reads an answer that is calls and nothing else, and gives their arguments as they come.
 
-    The answer follows `octavo.server.structured.call_grammar`, so what stands before the arguments
-    is known to the last space.
+    The answer follows `octavo.server.structured.calls_of_tools`, so what stands before the
+    arguments is known to the last space.
     """
 
     _HEAD = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "(?:arguments|parameters)": ')
