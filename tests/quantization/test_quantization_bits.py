@@ -18,13 +18,14 @@ from octavo.errors import InvalidArgumentError
 from octavo.models.layer import linear_nodes, weight_shapes
 from octavo.models.spec import MoeSpec, WeightFormat
 from octavo.quantization.apply import quantize_checkpoint
-from octavo.quantization.plan import Scheme, plan_formats, stored_bits
+from octavo.quantization.plan import Scheme, stored_bits
 from octavo.quantize.importance import measure_importance
 from octavo.quantize.sensitivity import (
     PartCost,
     Sensitivity,
     layer_parts,
     measure_sensitivity,
+    scheme_bits,
     spend_bits,
 )
 from octavo.quantize.writer import quantize_directory
@@ -148,12 +149,8 @@ def test_bits_go_where_they_gain_most() -> None:
 def test_stored_bits_are_those_of_the_file(tmp_path: Path, scheme: str) -> None:
     source = write_float_model(tmp_path / "float")
     result = quantize_directory(source, tmp_path / "out", SCHEMES[scheme])
-    spec = read_model(source).spec
-    formats, _ = plan_formats(spec, SCHEMES[scheme])
-    shapes = {name: node.matrix.shape for name, node in linear_nodes(spec).items()}
-    bits = sum(stored_bits(formats[name], shapes[name]) for name in shapes)
-    weights = sum(outputs * inputs for outputs, inputs in shapes.values())
-    assert bits / weights == pytest.approx(result.bits_per_weight)
+    bits = scheme_bits(read_model(source).spec, SCHEMES[scheme])
+    assert bits == pytest.approx(result.bits_per_weight)
     assert stored_bits(WeightFormat("int4", 32, True), (9, 64)) == 9 * 64 * 4 + 288 + 128 + 128
 
 
@@ -176,3 +173,17 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "OUT is missing" in capsys.readouterr().err
     assert run(["quantize", source, "--sensitivity"]) == 2
     assert "expected --scheme int4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", ["4", "nan"])
+def test_too_few_bits_are_refused_before_anything_is_measured(
+    tmp_path: Path,
+    bits: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("octavo.quantize.model.measure_importance", None)
+    monkeypatch.setattr("octavo.quantize.model.measure_sensitivity", None)
+    source, target = str(write_float_model(tmp_path / "float")), str(tmp_path / "out")
+    assert run(["quantize", source, target, "--scheme", "int4", "--bits-per-weight", bits]) == 2
+    assert f"bits_per_weight is {bits}; int4 in groups of 32 takes 4.5" in capsys.readouterr().err

@@ -19,7 +19,13 @@ from octavo.quantization.plan import Scheme
 from octavo.quantize.calibrate import calibrate
 from octavo.quantize.calibration import Calibration
 from octavo.quantize.importance import measure_importance
-from octavo.quantize.sensitivity import Sensitivity, measure_sensitivity, spend_bits
+from octavo.quantize.sensitivity import (
+    Sensitivity,
+    check_bits,
+    measure_sensitivity,
+    scheme_bits,
+    spend_bits,
+)
 from octavo.quantize.writer import (
     Calibrate,
     QuantizedDirectory,
@@ -97,6 +103,8 @@ def quantize_model(
             f"sensitivity of {scheme.name}; expected --scheme int4 or int4-nonuniform: it says "
             "which matrices had better take int8"
         )
+    if request.bits_per_weight is not None:  # before the minutes of measuring
+        check_bits(scheme_bits(files.spec, scheme), scheme, request.bits_per_weight)
     importance: Mapping[str, npt.NDArray[np.float32]] | None = None
     is_used = scheme.has_groups and (measures or request.calibration is None)
     if scheme.method == "weighted" and is_used:

@@ -126,9 +126,8 @@ def measure_sensitivity(
         for matrix in matrices:
             scorer.load_weight(matrix + ".weight", checkpoint[matrix + ".weight"].to_float32())
     progress("measuring sensitivity", len(parts), len(parts))
-    total = sum(part.bits * part.weights for part in costs) / sum(part.weights for part in costs)
     ordered = sorted(costs, key=lambda part: -part.kl_per_megabit)
-    return Sensitivity(tuple(ordered), total, meter.num_scored)
+    return Sensitivity(tuple(ordered), scheme_bits(files.spec, scheme), meter.num_scored)
 
 
 class _Meter:
@@ -167,24 +166,37 @@ def layer_parts(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     return parts
 
 
-def spend_bits(sensitivity: Sensitivity, scheme: Scheme, bits_per_weight: float) -> Scheme:
-    """`scheme` with int8 for the parts that gain the most by it, to at most so many bits a weight.
+def scheme_bits(spec: ModelSpec, scheme: Scheme) -> float:
+    """Bits a weight that the scheme takes, of the matrices of all layers together."""
+    shapes = {name: node.matrix.shape for name, node in linear_nodes(spec).items()}
+    formats, _ = plan_formats(spec, scheme)
+    bits = sum(stored_bits(formats[name], shape) for name, shape in shapes.items())
+    return bits / sum(map(math.prod, shapes.values()))
 
-    Parts are taken in the order of what they gain for each bit, while they fit. Raises
-    InvalidArgumentError where the scheme alone has more bits.
-    """
-    weights = sum(part.weights for part in sensitivity.parts)
-    left = weights * (bits_per_weight - sensitivity.bits)
-    if left < 0:
+
+def check_bits(bits: float, scheme: Scheme, bits_per_weight: float) -> None:
+    """Raise InvalidArgumentError where the scheme alone, of `bits` a weight, has more of them."""
+    if not bits <= bits_per_weight:  # also where that is no number
         kept = 16 if scheme.symmetric else 20  # bits a group for its scale and zero point
         spared = {size: kept / scheme.group_size - kept / size for size in GROUP_SIZES}
-        wider = [size for size in GROUP_SIZES if sensitivity.bits - spared[size] <= bits_per_weight]
-        least = math.ceil(1000 * sensitivity.bits) / 1000
+        wider = [size for size in GROUP_SIZES if bits - spared[size] <= bits_per_weight]
+        least = math.ceil(1000 * bits) / 1000
         raise InvalidArgumentError(
             f"bits_per_weight is {bits_per_weight:g}; {scheme.name} in groups of "
             f"{scheme.group_size} takes {least:.3f} by itself: expected that or more"
             + (f", or a group_size of {wider[0]}" if wider else "")
         )
+
+
+def spend_bits(sensitivity: Sensitivity, scheme: Scheme, bits_per_weight: float) -> Scheme:
+    """`scheme` with int8 for the parts that gain the most by it, to at most so many bits a weight.
+
+    Parts are taken in the order of what they gain for each bit, while they fit. Raises what
+    `check_bits` raises.
+    """
+    check_bits(sensitivity.bits, scheme, bits_per_weight)
+    weights = sum(part.weights for part in sensitivity.parts)
+    left = weights * (bits_per_weight - sensitivity.bits)
     chosen: list[str] = []
     for part in sensitivity.parts:
         if 0 < part.more_bits <= left:
