@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -295,3 +296,24 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run_cli([*base, *text, "--windows", "99999"]) == 0
     assert "windows of 31 tokens, all that it has" in capsys.readouterr().out
     assert read_model(tmp_path / "out").quantized
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            "--scheme int4 --windows 4",
+            "--windows is 4, which does nothing here; .*--calibrate FILE",
+        ),
+        ("--scheme int4 --seed 1", "--seed is 1, which"),
+        ("--scheme int4 --text t", "--text is t, .*--sensitivity or .*by is --calibrate FILE"),
+        ("--scheme int4 --max-windows 3", "--max-windows is 3, which"),
+        ("--scheme int8 --group-size 64", "--group-size is 64, which .* a scheme of 4 bits"),
+        ("--scheme w8a8 --method rtn", "--method is rtn, which"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, problem: str
+) -> None:
+    assert run_cli(["quantize", "nowhere", str(tmp_path / "out"), *options.split()]) == 2
+    assert re.search(problem, capsys.readouterr().err.replace("\n", " "))
