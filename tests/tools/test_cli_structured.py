@@ -64,6 +64,8 @@ def test_the_text_is_what_was_asked_for(model, tmp_path, capsys):
         (["--amateur", "SELF", "--beams", "2"], "--beams is 2, which does not go with --amateur"),
         (["--amateur", "SELF", "-t", "1"], "temperature is 1.0, which does not go with --amateur"),
         (["--amateur", "SELF", "--alpha", "2"], "alpha is 2.0; expected"),
+        (["--alpha", "0.2"], "--alpha is 0.2, which does nothing here; expected it with --amateur"),
+        (["--length-penalty", "2"], "--length-penalty is 2.0, which does nothing here; expected"),
     ],
 )
 def test_mistakes(model, tmp_path: Path, capsys, more, message):

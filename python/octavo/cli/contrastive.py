@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated
 
 from octavo.cli import completion
-from octavo.cli.options import option
+from octavo.cli.options import option, refuse_unused
 from octavo.errors import InvalidArgumentError
 from octavo.sampling_params import SamplingParams
 from octavo.search.contrastive import ContrastiveParams
@@ -36,7 +36,8 @@ class Contrast:
 def check_contrast(
     contrast: Contrast, params: SamplingParams, beams: int | None, adapter: str | None
 ) -> None:
-    """InvalidArgumentError names what does not go with --amateur; nothing without one."""
+    """InvalidArgumentError names what does not go with --amateur, or needs one."""
+    refuse_unused(contrast, "alpha", contrast.amateur is not None, "--amateur MODEL")
     if contrast.amateur is None:
         return
     for name, given in (("--beams", beams), ("--adapter", adapter)):

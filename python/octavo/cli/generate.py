@@ -22,6 +22,7 @@ from octavo.cli.options import (
     engine_options,
     grouped,
     option,
+    refuse_unused,
 )
 from octavo.cli.sampling_options import sampling_options
 from octavo.cli.streams import silent_keys
@@ -114,6 +115,7 @@ def generate(
     )
     _check_shown(shown, params)
     check_contrast(contrast, params, search.beams, adapter)
+    refuse_unused(search, "length_penalty", search.beams is not None, "--beams N")
     if system is not None and chat is False:
         raise InvalidArgumentError("--system does not go with --raw; leave out one of them")
     text = common.read_prompt(prompt)

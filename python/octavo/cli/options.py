@@ -21,6 +21,7 @@ import typer
 from octavo.cli import completion
 from octavo.cli.log_place import AUTO, new_log
 from octavo.config import EngineConfig
+from octavo.errors import InvalidArgumentError
 from octavo.files import check_writable
 from octavo.sampling_params import SamplingParams
 
@@ -345,3 +346,18 @@ def grouped(command: Command) -> Command:
             defaults = {each.name: each.default for each in fields(kind)}
             command = gathered(parameter.name, kind, options, defaults)(command)
     return command
+
+
+def refuse_unused(options: object, names: str, are_used: bool, needed: str) -> None:
+    """Raise InvalidArgumentError for one of a group's options that was given and would do nothing.
+
+    options: the group's values, a dataclass with defaults. names: of its fields, between spaces.
+    needed: what makes them useful.
+    """
+    for name in names.split():
+        value = getattr(options, name)
+        if not are_used and value != getattr(type(options)(), name):
+            raise InvalidArgumentError(
+                f"--{name.replace('_', '-')} is {value}, which does nothing here; expected it with "
+                f"{needed}, or not at all"
+            )

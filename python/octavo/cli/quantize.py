@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from octavo.cli import completion
-from octavo.cli.options import argument, grouped, option
+from octavo.cli.options import argument, grouped, option, refuse_unused
 from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -196,22 +196,11 @@ def _request(
         tuple(rounding.int8 or ()),
     )
     measures = measuring.sensitivity or measuring.bits_per_weight is not None
-    _refuse_unused(calibrating, "windows window seed", text is not None, "--calibrate FILE")
+    refuse_unused(calibrating, "windows window seed", text is not None, "--calibrate FILE")
     to_measure = "--sensitivity or --bits-per-weight (a text to round by is --calibrate FILE)"
-    _refuse_unused(measuring, "text max_windows", measures, to_measure)
-    _refuse_unused(rounding, "group_size method", scheme.has_groups, "a scheme of 4 bits")
+    refuse_unused(measuring, "text max_windows", measures, to_measure)
+    refuse_unused(rounding, "group_size method", scheme.has_groups, "a scheme of 4 bits")
     return QuantizeRequest(model, out, scheme, calibration=calibration, **vars(measuring))
-
-
-def _refuse_unused(options: object, names: str, are_used: bool, needed: str) -> None:
-    """Raise InvalidArgumentError for one of these options that was given and would do nothing."""
-    for name in names.split():
-        value = getattr(options, name)
-        if not are_used and value != getattr(type(options)(), name):
-            raise InvalidArgumentError(
-                f"--{name.replace('_', '-')} is {value}, which does nothing here; expected it with "
-                f"{needed}, or not at all"
-            )
 
 
 def _summarize(written: QuantizedDirectory) -> None:
