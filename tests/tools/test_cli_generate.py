@@ -55,7 +55,7 @@ def test_a_base_model_continues(base_model, capsys):
     assert "no chat template" in capsys.readouterr().err
 
 
-def test_beams(model, llm, capsys):
+def test_beams(model, llm, capsys, monkeypatch):
     arguments = ["generate", "Once", "-m", model, *DUMMY, "-n", "6", "--raw", "--beams", "3"]
     expected = llm.beam_search("Once", BeamSearchParams(3, 6, 0.5), progress=False)[0]
     assert main([*arguments, "--length-penalty", "0.5"]) == 0
@@ -63,6 +63,7 @@ def test_beams(model, llm, capsys):
     assert main([*arguments, "--length-penalty", "0.5", "--json"]) == 0
     answers = json.loads(capsys.readouterr().out)["answers"]
     assert [answer["text"] for answer in answers] == [answer.text for answer in expected.outputs]
+    monkeypatch.setattr("octavo.cli.common.load_llm", None)  # refused before it is called
     for wrong in (["-t", "0.7"], ["--answers", "2"], ["--regex", "a*"], ["--stop", "x"]):
         assert main([*arguments, *wrong]) == 2
         assert "does not go with --beams" in capsys.readouterr().err, wrong
