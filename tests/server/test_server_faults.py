@@ -326,6 +326,31 @@ def test_ids_and_traces_are_passed_through(llm: LLM, caplog: pytest.LogCaptureFi
     assert first["finish_reason"] == "length" and first["ttft_s"] >= 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_log_counts_the_tokens_of_a_client_that_goes(
+    llm: LLM, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    num_made = 0
+
+    async def test() -> None:
+        nonlocal num_made
+        slow_down(llm, 0.01)
+        async with serving(llm) as (_, service):
+            raw = RawClient(service, COMPLETIONS, {**LONG, "n": 2, "stream": stream})
+            task = asyncio.ensure_future(raw.run())
+            while num_made < 6:
+                await asyncio.sleep(0.005)
+                num_made = sum(each.num_output_tokens for each in service.engine.open_streams())
+            raw.gone.set()
+            await task
+
+    with caplog.at_level(logging.INFO, "octavo"):
+        logging.getLogger("octavo").propagate = True
+        run(test)
+    (line,) = [f for r in caplog.records if "prompt_tokens" in (f := vars(r)["octavo_fields"])]
+    assert line["completion_tokens"] >= num_made and 0 < line["ttft_s"] < 30
+
+
 def test_metrics_have_vllms_names(llm: LLM) -> None:
     async def test() -> None:
         async with serving(llm, served_names=("tiny",)) as (client, _):

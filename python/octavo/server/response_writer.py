@@ -144,20 +144,20 @@ class ResponseWriter:
         return [stream.result for stream in self.streams if stream.result is not None]
 
     def _count_tokens(self) -> tuple[int, int, int]:
-        """Tokens of the prompts, of the answers, and those that the prefix cache had."""
-        metrics = [result.metrics for result in self._results()]
-        num_output = sum(each.num_output_tokens for each in metrics)
-        return self._num_prompt_tokens(), num_output, sum(m.num_cached_tokens for m in metrics)
+        """Tokens of the prompts, of the answers so far, and those that the prefix cache had."""
+        num_output = sum(stream.num_output_tokens for stream in self.streams)
+        num_cached = sum(result.metrics.num_cached_tokens for result in self._results())
+        return self._num_prompt_tokens(), num_output, num_cached
 
     def _take_notes(self) -> None:
-        notes, results = self.notes, self._results()
+        notes = self.notes
         notes["prompt_tokens"], notes["completion_tokens"], cached = self._count_tokens()
         if cached:
             notes["cached_tokens"] = cached
-        reasons = {str(output.finish_reason) for r in results for output in r.outputs}
+        reasons = {str(output.finish_reason) for r in self._results() for output in r.outputs}
         if reasons:
             notes["finish_reason"] = ",".join(sorted(reasons))
-        firsts = [s for r in results if (s := r.metrics.time_to_first_token) is not None]
+        firsts = [s for each in self.streams if (s := each.time_to_first_token) is not None]
         if firsts:
             notes["ttft_s"] = round(min(firsts), 4)
 

@@ -85,10 +85,20 @@ class ResultStream:
             if not self._only_end:
                 self._chunks.append(item)
             self.result = item.result
+            if item.result is not None:  # of a search all of them are known now
+                self.num_output_tokens = item.result.metrics.num_output_tokens
         if self.observe is not None and not isinstance(item, _REFUSALS):
             self.observe(item if isinstance(item, OutputChunk) else None)
         if self.has_ended or not self._only_end:
             self._changed.set()
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from its arrival; None before there is one, and of a search before its end."""
+        if self.result is not None:
+            return self.result.metrics.time_to_first_token
+        first = self.first_token_time
+        return None if first is None else first - self.arrival_time
 
     async def next_chunks(self) -> list[OutputChunk]:
         """All that has come since the last call, at least one chunk; [] at the end.
