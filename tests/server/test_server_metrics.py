@@ -101,3 +101,13 @@ def test_answers_that_end_early_are_counted_one_by_one_and_by_reason(llm: LLM) -
             assert await ends(client) == {"stop": 1, "abort": 6, "error": 2}
 
     run(test, seconds=30)
+
+
+def test_every_reason_of_a_preemption_stands_at_0_from_the_start(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as (client, _):
+            text = (await client.get("/metrics")).text
+        found = re.findall(r"^octavo:preemptions_total\{.*reason=\"(\w+)\".* 0.0$", text, re.M)
+        assert found == ["kv_blocks", "priority", "rope"]
+
+    run(test)

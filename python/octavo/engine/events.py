@@ -50,7 +50,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "forked": ("parents",),
     # A part of a prompt is computed in this step, a number.
     "chunk": ("start", "num_tokens", "step"),
-    # A sequence lost its blocks to another one; reason: kv_blocks or priority.
+    # A sequence lost its blocks to another one; reason: kv_blocks or priority. Or it outgrew the
+    # model's rope_switch and is computed anew; reason: rope.
     "preempted": ("reason", "by", "num_computed_tokens"),
     "first_token": (),
     "finished": ("reason", "num_output_tokens"),

@@ -69,7 +69,7 @@ _COUNTERS = {
 _LABEL_VALUES = {
     "vllm:num_requests_waiting_by_reason": ("reason", ("capacity", "deferred")),
     "octavo:num_requests_waiting_for": ("reason", tuple(WAITING_REASONS)),
-    "octavo:preemptions": ("reason", ("kv_blocks", "priority")),
+    "octavo:preemptions": ("reason", ("kv_blocks", "priority", "rope")),
     "vllm:prompt_tokens_by_source": ("source", ("local_compute", "local_cache_hit")),
     "vllm:request_success": ("finished_reason", ("stop", "length", "abort", "error", "timeout")),
     "vllm:admission_rejections": ("reason", ("queue_full", "unavailable")),
