@@ -111,3 +111,22 @@ def test_every_reason_of_a_preemption_stands_at_0_from_the_start(llm: LLM) -> No
         assert found == ["kv_blocks", "priority", "rope"]
 
     run(test)
+
+
+def test_what_was_asked_for_is_counted_of_answered_requests_alone(tmp_path: Path) -> None:
+    """As vLLM counts it, and as the other histograms of requests do."""
+    llm = fake_llm(tmp_path, max_waiting_requests=1)
+    body = {"prompt": "hello", "max_tokens": 40, "ignore_eos": True}
+
+    async def test() -> None:
+        slow_down(llm, 0.01)
+        async with serving(llm) as (client, _):
+            posts = [client.post(COMPLETIONS, json=body) for _ in range(30)]
+            codes = [response.status_code for response in await asyncio.gather(*posts)]
+            assert set(codes) == {200, 429}
+            for name in ("request_prompt_tokens", "request_params_n", "request_params_max_tokens"):
+                assert await metric(client, name + "_count") == codes.count(200), name
+            num_tokens = await metric(client, "request_generation_tokens_sum")
+            assert await metric(client, "request_params_max_tokens_sum") == num_tokens
+
+    run(test)

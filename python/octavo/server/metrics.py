@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from octavo.engine.events import WAITING_REASONS
 from octavo.engine.outputs import EngineStats, OutputChunk, RequestOutput
+from octavo.sampling_params import SamplingParams
 from octavo.server.stream import ResultStream, StepStats
 
 if TYPE_CHECKING:
@@ -182,9 +183,6 @@ class Metrics:
         """
         params, search = stream.request.params, stream.request.search
         answers = range(params.n if search is None else search.num_beams)
-        if params.max_tokens is not None:
-            self._histograms["vllm:request_params_max_tokens"].observe(params.max_tokens)
-        self._histograms["vllm:request_params_n"].observe(params.n)
         last: dict[int, float] = {}
         ended: set[int] = set()
         num_prompt = len(stream.request.prompt.token_ids)
@@ -217,7 +215,7 @@ class Metrics:
                 if not last and (first is not None or outputs[0].finish_reason == "length"):
                     self._begin(num_prompt, first and first - stream.arrival_time)
                     self._counters["vllm:generation_tokens"].inc(metrics.num_output_tokens)
-                self._finish(chunk.result, now - stream.arrival_time)
+                self._finish(chunk.result, params, now - stream.arrival_time)
 
         stream.observe = observe
 
@@ -232,7 +230,7 @@ class Metrics:
         """A request was turned away."""
         self._counters["vllm:admission_rejections"].labels(*self._labels, reason).inc()
 
-    def _finish(self, result: RequestOutput, seconds: float) -> None:
+    def _finish(self, result: RequestOutput, params: SamplingParams, seconds: float) -> None:
         metrics = result.metrics
         num_computed = metrics.num_prompt_tokens - metrics.num_cached_tokens
         found: dict[str, float] = {
@@ -241,7 +239,10 @@ class Metrics:
             "vllm:request_generation_tokens": metrics.num_output_tokens,
             "vllm:request_num_preemptions": metrics.num_preemptions,
             "vllm:request_prefill_kv_computed_tokens": num_computed,
+            "vllm:request_params_n": params.n,
         }
+        if params.max_tokens is not None:
+            found["vllm:request_params_max_tokens"] = params.max_tokens
         scheduled, first = metrics.first_scheduled_time, metrics.first_token_time
         if scheduled is not None:
             found["vllm:request_queue_time_seconds"] = scheduled - metrics.arrival_time
