@@ -130,3 +130,19 @@ def test_what_was_asked_for_is_counted_of_answered_requests_alone(tmp_path: Path
             assert await metric(client, "request_params_max_tokens_sum") == num_tokens
 
     run(test)
+
+
+@pytest.mark.parametrize("num_answers", [1, 4])
+def test_the_time_for_a_token_is_that_of_one_answer(llm: LLM, num_answers: int) -> None:
+    """Each step gives all answers a token, so it is about a step's time for any number of them."""
+    body = {"prompt": "hello", "max_tokens": 11, "ignore_eos": True, "n": num_answers}
+
+    async def test() -> None:
+        slow_down(llm, 0.01)
+        async with serving(llm) as (client, _):
+            assert (await client.post(COMPLETIONS, json=body)).status_code == 200
+            for_one = await metric(client, "request_time_per_output_token_seconds_sum")
+            decoding = await metric(client, "request_decode_time_seconds_sum")
+            assert for_one == pytest.approx(decoding / 10) and for_one >= 0.01
+
+    run(test)

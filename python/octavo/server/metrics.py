@@ -81,7 +81,7 @@ _HISTOGRAMS: dict[str, tuple[str, Sequence[float] | None]] = {
     "vllm:time_to_first_token_seconds": ("From arrival to the first token.", _TTFT),
     "vllm:inter_token_latency_seconds": ("Between two tokens of an answer.", _BETWEEN_TOKENS),
     "vllm:request_time_per_output_token_seconds": (
-        "A request's mean time for each token after the first.",
+        "A request's mean time for each token after the first of its answer.",
         _BETWEEN_TOKENS,
     ),
     "vllm:e2e_request_latency_seconds": ("From arrival to the end.", _LATENCY),
@@ -250,8 +250,10 @@ class Metrics:
             if first is not None:
                 found["vllm:request_prefill_time_seconds"] = first - scheduled
                 found["vllm:request_decode_time_seconds"] = metrics.finished_time - first
-        if metrics.tokens_per_second:
-            found["vllm:request_time_per_output_token_seconds"] = 1.0 / metrics.tokens_per_second
+                num_answers = len(result.outputs)
+                if (num_later := metrics.num_output_tokens - num_answers) > 0:
+                    each = (metrics.finished_time - first) * num_answers / num_later
+                    found["vllm:request_time_per_output_token_seconds"] = each
         for name, value in found.items():
             self._histograms[name].observe(value)
         self._counters["vllm:prompt_tokens_cached"].inc(metrics.num_cached_tokens)
