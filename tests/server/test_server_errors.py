@@ -234,3 +234,20 @@ def test_bodies_that_are_no_requests(llm: LLM) -> None:
             error_of(await client.post(CHAT, content=endless(), headers=json_type), 413)
 
     run(test)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [("", "empty or null"), ("null", "empty or null"), ("[1]", "of type list"), ("5", "int")],
+)
+def test_a_body_that_is_no_object(llm: LLM, path: str, body: str, kind: str) -> None:
+    async def test() -> None:
+        async with serving(llm) as (client, _):
+            headers = {"content-type": "application/json"}
+            error = error_of(await client.post(path, content=body, headers=headers), 400)
+            assert error["param"] is None
+            assert f"{kind}; expected a JSON object with the fields" in error["message"]
+            assert error["message"].startswith("the body is")
+
+    run(test)

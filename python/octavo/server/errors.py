@@ -127,6 +127,10 @@ def field_of(message: str) -> str | None:
     return found[1] if found and found[1] not in _NO_FIELDS else None
 
 
+# What pydantic calls a body that is none.
+_NO_OBJECT = ("missing", "dict_type", "model_type", "model_attributes_type")
+
+
 def validation_error(problems: Sequence[Any]) -> ApiError:
     """What pydantic found, as one message; param is the first field."""
     parts, first = [], None
@@ -135,6 +139,10 @@ def validation_error(problems: Sequence[Any]) -> ApiError:
         field = _field_name(location)
         if problem.get("type") == "json_invalid":
             field, text = "", f"the body is no JSON: {problem.get('ctx', {}).get('error', '')}"
+        elif not field and problem.get("type") in _NO_OBJECT:
+            given = problem.get("input")
+            kind = "empty or null" if given is None else f"of type {type(given).__name__}"
+            text = f"the body is {kind}; expected a JSON object with the fields of the request"
         else:
             reason = problem.get("msg", "is wrong").removeprefix("Value error, ")
             text = f"{field}: {reason}" if field else reason
