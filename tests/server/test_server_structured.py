@@ -212,7 +212,7 @@ def test_llama_3_writes_calls_without_tags(tmp_path: Path) -> None:
 
     async def test() -> None:
         async with serving(llm) as (client, service):
-            assert service.tool_format == "llama3_json"
+            assert service.markup.tools == "llama3_json"
             numbers = set()
             for seed in range(5):
                 body = message(tools=TOOLS, tool_choice="required", seed=seed)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from server_helpers import error_of, events_of, run, serving, tiny_llm
 
 from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestMetrics, RequestOutput
+from octavo.server.answers import Markup, Reading
 from octavo.server.formats import ChatFormat, Head
 from octavo.server.tools import ToolCall, ToolFormat, detect_format, make_parser
 from octavo.text.chat import ChatTemplate
@@ -130,7 +131,7 @@ def test_templates_tell_their_format() -> None:
 
 
 def test_a_message_with_calls() -> None:
-    answer_format = ChatFormat(Head("id", 1, "m"), None, "hermes")
+    answer_format = ChatFormat(Head("id", 1, "m"), None, Reading(Markup("hermes")))
     metrics = RequestMetrics(0, 0, 0, 1, 1, 1, 0)
     output = CompletionOutput(0, TWO, (), "stop")
     result = RequestOutput("id", None, (1,), (output,), None, metrics)
@@ -147,7 +148,7 @@ def test_a_message_with_calls() -> None:
 
 
 def test_a_stream_with_calls() -> None:
-    answer_format = ChatFormat(Head("id", 1, "m"), None, "hermes")
+    answer_format = ChatFormat(Head("id", 1, "m"), None, Reading(Markup("hermes")))
     text = f"Well: {TWO}"
     chunks = [OutputChunk("id", 0, text[i : i + 5]) for i in range(0, len(text), 5)]
     chunks.append(OutputChunk("id", 0, "", finish_reason="stop"))

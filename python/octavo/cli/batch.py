@@ -218,7 +218,7 @@ def _answer_all(
                     adapter = run.adapter_of(request)
                     is_chat = run.is_chat(request)
                     prompt = request.encode(llm, is_chat, run.system)
-                    params = request.params_for(llm, is_chat)
+                    params = request.params_for(llm, prompt, is_chat)
                 except (OctavoError, ApiError) as error:
                     request = BadLine(line.custom_id, f"line {line.number}: {error}")
             if isinstance(request, BadLine):

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from octavo.engine.outputs import RequestOutput
     from octavo.llm import LLM
     from octavo.prompts import EncodedPrompt
+    from octavo.server.answers import Markup
     from octavo.server.formats import Format, Head
     from octavo.server.protocol import ChatBody, CompletionBody
-    from octavo.server.tools import ToolFormat
 
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
@@ -91,10 +91,10 @@ class BatchRequest:
         body = self.body_for(is_chat, system)
         check_supported(body)
         if isinstance(body, ChatBody):
-            return prepare.encode_chat(llm, body, tool_format_of(llm, body))
+            return prepare.encode_chat(llm, body, markup_of(llm, body))
         return prepare.encode_completion(llm, body)[0]
 
-    def params_for(self, llm: LLM, is_chat: bool) -> SamplingParams:
+    def params_for(self, llm: LLM, prompt: EncodedPrompt, is_chat: bool) -> SamplingParams:
         """Its sampling parameters, with a grammar of calls where it demands one."""
         from octavo.server import prepare
         from octavo.server.protocol import ChatBody
@@ -102,7 +102,7 @@ class BatchRequest:
         body = self.body_for(is_chat)
         if not isinstance(body, ChatBody):
             return self.params
-        return prepare.force_tools(self.params, llm, body, tool_format_of(llm, body))
+        return prepare.steer(self.params, llm, body, markup_of(llm, body), prompt.text)
 
     def answer_format(self, llm: LLM, head: Head, output: RequestOutput, is_chat: bool) -> Format:
         """How the answer is written."""
@@ -112,7 +112,8 @@ class BatchRequest:
 
         body = self.body_for(is_chat)
         if isinstance(body, ChatBody):
-            return prepare.chat_format(llm, body, head, self.params, tool_format_of(llm, body))
+            markup = markup_of(llm, body)
+            return prepare.chat_format(llm, body, head, self.params, markup, output.prompt)
         prompt = EncodedPrompt(output.prompt, output.prompt_token_ids)
         return prepare.completion_format(llm, body, head, [prompt])
 
@@ -121,13 +122,14 @@ class BatchRequest:
 _IN_PARAMS = {"max_completion_tokens", "logprobs", "top_logprobs", "best_of"}
 
 
-def tool_format_of(llm: LLM, body: ChatBody) -> ToolFormat | None:
-    """How the model writes calls of tools, by the chat template that makes its prompt."""
-    from octavo.server.tools import detect_format
+def markup_of(llm: LLM, body: ChatBody) -> Markup:
+    """How the model writes what is no plain text, by the chat template that makes its prompt."""
+    from octavo.server.answers import Markup, detect_markup
 
+    if body.chat_template is not None:
+        return detect_markup(body.chat_template)
     own = llm.chat_template
-    template = body.chat_template or (None if own is None else own.source_with_tools)
-    return None if template is None else detect_format(template)
+    return Markup() if own is None else detect_markup(own.source, own.source_with_tools)
 
 
 @dataclass(frozen=True)

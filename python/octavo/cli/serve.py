@@ -108,6 +108,14 @@ class Formats:
             metavar="auto|hermes|llama3_json|none",
         ),
     ] = "auto"
+    reasoning_parser: Annotated[
+        str,
+        _formats(
+            "How the model writes what it thinks before it answers. auto: as its chat template "
+            "says. none: it is left in the answer.",
+            metavar="auto|qwen3|deepseek_r1|mistral|none",
+        ),
+    ] = "auto"
     log_format: Annotated[
         str,
         _formats(
@@ -162,6 +170,7 @@ def serve(
         trust_request_chat_template=listening.trust_request_chat_template,
         allowed_origins=tuple(listening.allowed_origin or ()),
         tool_parser=formats.tool_call_parser,
+        reasoning_parser=formats.reasoning_parser,
         log_format=formats.log_format,
         event_log=event_log,
         **vars(limits),

@@ -246,11 +246,8 @@ def read_structural_tag(text: str) -> Format:
 
     Raises InvalidArgumentError with the place of what is wrong or not offered.
     """
-    given = json.loads(text)
-    if "structures" in given:
-        text = json.dumps(_newer(given))
     try:
-        found = _Whole.model_validate_json(text).format
+        found = _Whole.model_validate_json(json.dumps(newer_form(text))).format
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         at = "".join(f"[{i}]" if isinstance(i, int) else f".{i}" for i in problem["loc"])
@@ -281,8 +278,11 @@ def _inside(part: Format) -> Iterator[tuple[Format, str]]:
                 yield each, at
 
 
-def _newer(given: dict[str, Any]) -> dict[str, Any]:
-    """The older form in the newer one."""
+def newer_form(text: str) -> dict[str, Any]:
+    """A structural tag, which is JSON, in the newer form; it may be wrong."""
+    given: dict[str, Any] = json.loads(text)
+    if "structures" not in given:
+        return given
     structures = given["structures"]
     if not isinstance(structures, list) or not all(isinstance(each, dict) for each in structures):
         raise InvalidArgumentError(

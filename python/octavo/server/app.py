@@ -109,18 +109,18 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         model = service.model(body.model)
-        tool_format = service.tool_format_of(body)
+        markup = service.markup_of(body)
 
         def read() -> tuple[EncodedPrompt, SamplingParams]:  # compiles a grammar, if it is new
             prompt, defaults = (
-                prepare.encode_chat(model, body, tool_format),
+                prepare.encode_chat(model, body, markup),
                 service.options.defaults,
             )
-            return prompt, prepare.sampling_params(model, body, prompt, defaults, tool_format)
+            return prompt, prepare.sampling_params(model, body, prompt, defaults, markup)
 
         prompt, params = await asyncio.to_thread(read)
         head = _head(service, request, "chatcmpl", body)
-        answer_format = prepare.chat_format(model, body, head, params, tool_format)
+        answer_format = prepare.chat_format(model, body, head, params, markup, prompt.text)
         return await _answer(service, request, body, [(prompt, params)], head, answer_format)
 
     @app.post("/v1/completions", responses=_STREAMED)
@@ -230,8 +230,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         model, tokenizer = model_and_tokenizer(body)
         check_extra_fields(body.model_extra or {})
         if isinstance(body, TokenizeChatBody):
-            tool_format = service.tool_format_of(body)
-            prompt = await asyncio.to_thread(prepare.encode_chat, model, body, tool_format)
+            markup = service.markup_of(body)
+            prompt = await asyncio.to_thread(prepare.encode_chat, model, body, markup)
             tokens = list(prompt.token_ids)
         else:
             try:

@@ -60,7 +60,7 @@ _REFUSED = _words(
     min_keep mirostat mirostat_mode mm_processor_kwargs modalities multimodal_data n_indent
     negative_prompt no_repeat_ngram_size num_beams options parameters parse_tool_calls penalize_nl
     penalty_alpha plugins post_sampling_probs prefix preset previous_response_id prompt_embeds
-    prompt_truncate_len raw reasoning_budget reasoning_format repeat_last_n repetition_context_size
+    prompt_truncate_len raw reasoning_budget repeat_last_n repetition_context_size
     repetition_detection return_hidden_states return_prompt_text return_token_ids return_tokens
     return_tokens_as_token_ids safe_prompt sampler_order sampler_priority sampler_seq samplers
     sampling_params session_params smoothing_factor stop_regex suppress_tokens system
@@ -78,7 +78,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (True,),
     "truncate_prompt_tokens": (),
     "chat_template_content_format": ("auto", "string"),
-    "reasoning_format": ("auto", "none"),
     **dict.fromkeys(("repeat_last_n", "reasoning_budget"), (-1,)),
     "thinking": (*_NOTHING, {"type": "disabled"}),
     **dict.fromkeys(("parse_tool_calls", "add_bos_token"), (True,)),
@@ -117,10 +116,10 @@ _HARMLESS = _words(
     """
     cache_prompt
     dynatemp_exponent ec_transfer_params extra_key grammar_lazy grammar_triggers
-    guided_decoding_backend id_slot include_obfuscation include_reasoning
+    guided_decoding_backend id_slot include_obfuscation
     keep_alive metadata mirostat_eta mirostat_tau mode models n_cache_reuse n_discard n_keep
     prediction prompt_cache_key prompt_cache_retention provider request_id response_fields
-    return_progress rid route safety_identifier separate_reasoning service_tier slot_id
+    return_progress rid route safety_identifier service_tier slot_id
     spaces_between_special_tokens store stream_interval stream_reasoning timings_per_token
     truncation_side user
     """

@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
+from octavo.server.answers import AnswerParser, Piece, Reading
+from octavo.server.errors import ApiError
 from octavo.server.prompt_logprobs import PromptLogprobs, legacy_logprobs, unique_names
-from octavo.server.tools import Arguments, ToolCall, ToolFormat, ToolParser, make_parser
+from octavo.server.reasoning import Reasoning
+from octavo.server.tools import Arguments, ToolCall
 from octavo.text.places import TokenPlaces
 
 DONE = "data: [DONE]\n\n"
@@ -73,9 +76,14 @@ class Format(ABC):
     def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
         """Events for one chunk, "" where it shows nothing; usage: "" or a JSON member."""
 
-    def closing(self, usage: dict[str, Any]) -> str:
-        """The event with the usage of the whole request."""
-        return self._event([], f',"usage":{to_json(usage)}')
+    def closing(self, usage: dict[str, Any] | None) -> str:
+        """What ends a stream; usage: of the whole request, None where it is not to be written."""
+        shown = "" if usage is None else self._event([], f',"usage":{to_json(usage)}')
+        return shown + DONE
+
+    def failed(self, error: ApiError) -> str:
+        """What ends a stream after an error."""
+        return f"data: {error.as_json()}\n\n{DONE}"
 
     def _more(self, result: RequestOutput) -> dict[str, Any]:
         """What the body has besides the choices."""
@@ -150,11 +158,7 @@ class CompletionFormat(Format):
 
 
 class ChatFormat(Format):
-    """/v1/chat/completions.
-
-    tools: how calls are written; None looks for none. max_calls: further ones are left out.
-    forced: the answers are calls and nothing else.
-    """
+    """/v1/chat/completions. reading: how the answers are read."""
 
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"
 
@@ -162,17 +166,12 @@ class ChatFormat(Format):
         self,
         head: Head,
         new_places: Callable[[], TokenPlaces] | None,
-        tools: ToolFormat | None = None,
-        max_calls: int | None = None,
-        forced: bool = False,
+        reading: Reading | None = None,
         prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
         super().__init__(head, new_places, prompt_logprobs)
-        self._forced = forced
-        self._tools = tools
-        self._max_calls = max_calls
-        self._parsers: dict[int, ToolParser] = {}
-        self._num_calls: dict[int, int] = defaultdict(int)
+        self._reading = reading or Reading()
+        self._parsers: dict[int, AnswerParser] = {}
 
     def _more(self, result: RequestOutput) -> dict[str, Any]:
         return self._prompt_logprobs.member(result)
@@ -180,22 +179,23 @@ class ChatFormat(Format):
     def _whole_choice(
         self, index: int, result: RequestOutput, output: CompletionOutput
     ) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": output.text}
-        finish_reason = output.finish_reason
-        if self._tools is not None:
-            parser = make_parser(self._tools, forced=self._forced)
-            pieces = [*parser.push(output.text), *parser.finish()]
-            calls: list[dict[str, Any]] = []
-            for piece in pieces:
-                if isinstance(piece, ToolCall):
-                    calls.append(piece.as_json())
-                elif isinstance(piece, Arguments):
-                    calls[-1]["function"]["arguments"] += piece.text
-            calls = calls[: self._max_calls]
-            text = message["content"] = "".join(each for each in pieces if isinstance(each, str))
-            if calls:
-                message |= {"content": text.strip() or None, "tool_calls": calls}
-                finish_reason = _with_calls(finish_reason)
+        texts, thoughts, calls = [], [], []
+        for piece in self._reading.whole(output.text):
+            if isinstance(piece, str):
+                texts.append(piece)
+            elif isinstance(piece, Reasoning):
+                thoughts.append(piece.text)
+            elif isinstance(piece, ToolCall):
+                calls.append(piece.as_json())
+            else:
+                calls[-1]["function"]["arguments"] += piece.text
+        text, finish_reason = "".join(texts), output.finish_reason
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if thoughts:
+            message |= {"content": text or None, **_reasoning("".join(thoughts))}
+        if calls:
+            message |= {"content": text.strip() or None, "tool_calls": calls}
+            finish_reason = _with_calls(finish_reason)
         content = {"message": message}
         return self._choice(index, content, output.logprobs, finish_reason, output.stop_reason)
 
@@ -207,12 +207,16 @@ class ChatFormat(Format):
         return "".join(self._event([{"index": i, **choice}], usage) for i in numbers)
 
     def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
-        deltas: list[dict[str, Any]] = [{"content": chunk.text}] if chunk.text else []
+        if choice not in self._parsers:
+            self._parsers[choice] = AnswerParser(self._reading)
+        parser = self._parsers[choice]
+        pieces = parser.push(chunk.text)
         finish_reason = chunk.finish_reason
-        if self._tools is not None:
-            deltas = self._parse(choice, chunk, self._tools)
-            if self._num_calls[choice]:
-                finish_reason = _with_calls(finish_reason)
+        if finish_reason is not None:
+            pieces += parser.finish()
+        deltas = _deltas(pieces, parser.num_calls)
+        if parser.num_calls:
+            finish_reason = _with_calls(finish_reason)
         if not deltas and not chunk.logprobs and finish_reason is None:
             return ""
         *others, last = deltas or [{}]
@@ -220,25 +224,6 @@ class ChatFormat(Format):
         ends = (finish_reason, chunk.stop_reason)
         found.append(self._choice(choice, {"delta": last}, chunk.logprobs or None, *ends))
         return "".join(self._event([one], usage) for one in found)
-
-    def _parse(self, choice: int, chunk: OutputChunk, tools: ToolFormat) -> list[dict[str, Any]]:
-        """The text and the calls that a chunk makes certain, as "delta" has them."""
-        parser = self._parsers.setdefault(choice, make_parser(tools, forced=self._forced))
-        pieces = parser.push(chunk.text)
-        if chunk.finish_reason is not None:
-            pieces += parser.finish()
-        deltas: list[dict[str, Any]] = []
-        for piece in pieces:
-            number = self._num_calls[choice]
-            if isinstance(piece, str):
-                deltas.append({"content": piece})
-            elif isinstance(piece, Arguments):
-                more = {"index": number - 1, "function": {"arguments": piece.text}}
-                deltas.append({"tool_calls": [more]})
-            elif number != self._max_calls:
-                self._num_calls[choice] += 1
-                deltas.append({"tool_calls": [{"index": number, **piece.as_json()}]})
-        return deltas
 
     def _logprobs(self, places: TokenPlaces, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         content = []
@@ -252,6 +237,29 @@ class ChatFormat(Format):
             content.append({**one, "top_logprobs": others})
             places.advance(entry.token_id)
         return {"content": content}
+
+
+def _deltas(pieces: Sequence[Piece], num_calls: int) -> list[dict[str, Any]]:
+    """As "delta" has them. num_calls: how many calls there are, those among the pieces included."""
+    number = num_calls - sum(isinstance(piece, ToolCall) for piece in pieces) - 1
+    deltas: list[dict[str, Any]] = []
+    for piece in pieces:
+        if isinstance(piece, str):
+            deltas.append({"content": piece})
+        elif isinstance(piece, Reasoning):
+            deltas.append(_reasoning(piece.text))
+        elif isinstance(piece, Arguments):
+            more = {"index": number, "function": {"arguments": piece.text}}
+            deltas.append({"tool_calls": [more]})
+        else:
+            number += 1
+            deltas.append({"tool_calls": [{"index": number, **piece.as_json()}]})
+    return deltas
+
+
+def _reasoning(text: str) -> dict[str, Any]:
+    """Under both names that clients look for: vLLM's and llama.cpp's."""
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def _with_calls(finish_reason: str | None) -> str | None:

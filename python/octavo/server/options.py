@@ -6,13 +6,18 @@ import ipaddress
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 from octavo.errors import InvalidArgumentError
+from octavo.server.answers import Markup
+from octavo.server.reasoning import REASONING
+from octavo.server.tools import ToolFormat
 
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 TOOL_PARSERS = ("auto", "hermes", "llama3_json", "none")
+REASONING_PARSERS = ("auto", "none", *REASONING)
 LOG_FORMATS = ("auto", "json", "text")
 
 
@@ -29,6 +34,7 @@ class ServerOptions:
     shutdown_timeout: seconds that running requests get to end after SIGTERM.
     stall_timeout: seconds without a step, while there is work, after which /health says so.
     tool_parser: how calls of tools are written in answers; "auto" goes by the chat template.
+    reasoning_parser: how what the model thinks is told from its answer, in the same way.
     trust_request_chat_template: take a chat template from a request, and run it; None: only if
         every client has a key or is on this machine.
     allowed_origins: web pages from there may use the API (CORS); "*" for any.
@@ -46,6 +52,7 @@ class ServerOptions:
     shutdown_timeout: float = 30.0
     stall_timeout: float = 60.0
     tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
     trust_request_chat_template: bool | None = None
     allowed_origins: tuple[str, ...] = ()
     defaults: Mapping[str, float] = field(default_factory=dict)
@@ -73,7 +80,11 @@ class ServerOptions:
         check("stall_timeout", 1 <= self.stall_timeout < math.inf, "1 seconds or more")
         limit = self.request_timeout
         check("request_timeout", limit is None or 0 < limit < math.inf, "seconds above 0, or None")
-        for name, choices in (("tool_parser", TOOL_PARSERS), ("log_format", LOG_FORMATS)):
+        for name, choices in (
+            ("tool_parser", TOOL_PARSERS),
+            ("reasoning_parser", REASONING_PARSERS),
+            ("log_format", LOG_FORMATS),
+        ):
             check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
 
     @property
@@ -90,6 +101,15 @@ class ServerOptions:
         """Whether requests may bring a chat template of their own."""
         trusts = self.trust_request_chat_template
         return not self.is_open if trusts is None else trusts
+
+    def markup(self, detected: Markup) -> Markup:
+        """How a model writes what is no plain text. detected: what its chat template teaches."""
+        if self.tool_parser != "auto":
+            tools = None if self.tool_parser == "none" else cast("ToolFormat", self.tool_parser)
+            detected = replace(detected, tools=tools)
+        if self.reasoning_parser != "auto":
+            detected = replace(detected, reasoning=REASONING.get(self.reasoning_parser))
+        return detected
 
 
 def read_defaults(model: Path) -> dict[str, float]:

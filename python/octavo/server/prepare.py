@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
+from octavo.server.answers import Markup, Reading
 from octavo.server.beams import beam_params, check_beams
 from octavo.server.errors import bad_request, to_api_error
 from octavo.server.formats import ChatFormat, CompletionFormat, Head
@@ -19,10 +20,12 @@ from octavo.server.protocol import (
     ChatBody,
     ChatFields,
     CompletionBody,
+    Message,
     SamplingBody,
     check_supported,
 )
 from octavo.server.structured import (
+    after_reasoning,
     calls_of_tools,
     compile_error,
     demands_json,
@@ -30,7 +33,7 @@ from octavo.server.structured import (
     structured_field,
     structured_outputs,
 )
-from octavo.server.tools import ToolFormat, tag_ids
+from octavo.structured_outputs import StructuredOutputs
 from octavo.text.chat import ChatTemplate
 from octavo.text.places import TokenPlaces
 
@@ -51,10 +54,8 @@ def encode_completion(model: LoadedModel, body: CompletionBody) -> list[EncodedP
         raise to_api_error(error, "prompt") from error
 
 
-def encode_chat(
-    model: LoadedModel, body: ChatFields, tool_format: ToolFormat | None
-) -> EncodedPrompt:
-    """A conversation as its prompt. tool_format: how the model writes calls, if it can."""
+def encode_chat(model: LoadedModel, body: ChatFields, markup: Markup) -> EncodedPrompt:
+    """A conversation as its prompt. markup: how the model writes what is no plain text."""
     if body.continue_final_message:
         raise bad_request(
             "continue_final_message is not offered by octavo: use /v1/completions",
@@ -72,11 +73,11 @@ def encode_chat(
     if body.reasoning_effort is not None:  # for templates that read it; others have no use for it
         variables["reasoning_effort"] = body.reasoning_effort
     if body.tools:
-        _check_tools(body.tools, tool_format)
+        _check_tools(body.tools, markup)
         variables["tools"] = body.tools
     try:
         prompt = model.encode_chat(
-            [message.model_dump(exclude_unset=True) for message in body.messages],
+            [_message(message) for message in body.messages],
             chat_template=body.chat_template,
             add_special_tokens=body.add_special_tokens,
             add_generation_prompt=body.add_generation_prompt,
@@ -84,8 +85,15 @@ def encode_chat(
         )
     except OctavoError as error:
         raise to_api_error(error, "messages") from error
-    kept = tag_ids(model.tokenizer, _answer_tools(body, tool_format))
+    kept = _looked_for(body, markup).token_ids(model.tokenizer)
     return replace(prompt, kept_special_ids=kept)
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """For a chat template; what was thought goes by either name."""
+    found = message.model_dump(exclude_unset=True)
+    thought = found.get("reasoning") or found.get("reasoning_content")
+    return found | {"reasoning": thought, "reasoning_content": thought} if thought else found
 
 
 def _template_arguments(model: LoadedModel) -> set[str]:
@@ -95,15 +103,18 @@ def _template_arguments(model: LoadedModel) -> set[str]:
     return {each.name for each in found if each.kind != each.VAR_KEYWORD} | {"tools", "documents"}
 
 
-def _answer_tools(body: ChatFields, tool_format: ToolFormat | None) -> ToolFormat | None:
-    """How calls are written in the answer to `body`; None: no calls are looked for.
+def _looked_for(body: ChatFields, markup: Markup) -> Markup:
+    """What is looked for in the answer to `body`.
 
     JSON that a schema demands is the answer, even where it looks like a call.
     """
-    if not body.tools or (isinstance(body, ChatBody) and body.tool_choice == "none"):
-        return None
-    is_schema = isinstance(body, ChatBody) and forced_tools(body) is None and demands_json(body)
-    return None if is_schema else tool_format
+    if not isinstance(body, ChatBody):
+        return markup
+    is_schema = forced_tools(body) is None and demands_json(body)
+    if not body.tools or body.tool_choice == "none" or is_schema:
+        markup = replace(markup, tools=None)
+    is_whole = body.separate_reasoning is False or body.reasoning_format == "none"
+    return replace(markup, reasoning=None) if is_whole else markup
 
 
 def chat_format(
@@ -111,23 +122,29 @@ def chat_format(
     body: ChatBody,
     head: Head,
     params: SamplingParams,
-    tool_format: ToolFormat | None,
+    markup: Markup,
+    prompt: str | None,
 ) -> ChatFormat:
-    """How the answers to a conversation are written."""
-    tools = _answer_tools(body, tool_format)
+    """How the answers to a conversation are written. prompt: its text, where it is known."""
+    found = _looked_for(body, markup)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else model.engine.eos_token_ids)}
     places = partial(
         TokenPlaces,
         model.tokenizer,
         params.skip_special_tokens,
         continues=False,
-        kept=tag_ids(model.tokenizer, tools),
+        kept=found.token_ids(model.tokenizer),
         ends=() if params.include_stop_str_in_output else ends,
     )
+    reading = Reading(
+        found,
+        found.reasoning.start(prompt) if found.reasoning else "before",
+        forced=found.tools is not None and forced_tools(body) is not None,
+        max_calls=1 if body.parallel_tool_calls is False else None,
+        shows_reasoning=body.include_reasoning is not False,
+    )
     shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs)
-    max_calls = 1 if body.parallel_tool_calls is False else None
-    forced = tools is not None and forced_tools(body) is not None
-    return ChatFormat(head, places, tools, max_calls, forced, shown)
+    return ChatFormat(head, places, reading, shown)
 
 
 def completion_format(
@@ -148,9 +165,9 @@ def completion_format(
     return CompletionFormat(head, places, echoes, shown)
 
 
-def _check_tools(tools: Sequence[dict[str, Any]], tool_format: ToolFormat | None) -> None:
+def _check_tools(tools: Sequence[dict[str, Any]], markup: Markup) -> None:
     """Raise an ApiError where a tool is malformed, or where the model has no format for calls."""
-    if tool_format is None:
+    if markup.tools is None:
         raise bad_request(
             "tools is given, but this model's chat template has no place for tools that octavo "
             "knows how to read: leave tools out, or use a model that was trained to call tools",
@@ -172,16 +189,18 @@ def sampling_params(
     body: SamplingBody,
     prompt: EncodedPrompt,
     defaults: Mapping[str, Any],
-    tool_format: ToolFormat | None = None,
+    markup: Markup | None = None,
 ) -> SamplingParams:
     """What the body asks for, checked against the model: it could be answered.
 
     A chat that names no length may fill the rest of the context. defaults: for what is not named.
-    A grammar that is new is compiled here, which takes its time. tool_format: how the model writes
-    calls.
+    A grammar that is new is compiled here, which takes its time. markup: how the model writes what
+    is no plain text.
     """
     try:
-        params = force_tools(read_params(body, defaults), model, body, tool_format)
+        params = read_params(body, defaults)
+        if isinstance(body, ChatBody) and markup is not None:
+            params = steer(params, model, body, markup, prompt.text)
         _compile(model, body, params)
         if params.max_tokens is None:
             num_prompt = len(prompt.token_ids)
@@ -205,17 +224,24 @@ def _compile(model: LoadedModel, body: SamplingBody, params: SamplingParams) -> 
         raise compile_error(error, body) from error
 
 
-def force_tools(
-    params: SamplingParams, model: LoadedModel, body: SamplingBody, tool_format: ToolFormat | None
+def steer(
+    params: SamplingParams, model: LoadedModel, body: ChatBody, markup: Markup, prompt: str | None
 ) -> SamplingParams:
-    """With a grammar of calls, where the body demands one."""
-    numbers = forced_tools(body) if isinstance(body, ChatBody) else None
-    if numbers is None or tool_format is None or not isinstance(body, ChatBody):
+    """With a grammar of calls, where the body demands one; what is thought before is free."""
+    numbers = forced_tools(body)
+    if numbers is not None and markup.tools is not None:
+        if params.structured_outputs is not None:
+            field = structured_field(body)
+            raise bad_request(f"{field} is given, but tool_choice leaves no room for it", field)
+        params = replace(params, structured_outputs=calls_of_tools(body, numbers, markup.tools))
+    start = markup.reasoning and markup.reasoning.start(prompt)
+    wanted = params.structured_outputs
+    if wanted is None or markup.reasoning is None or start == "behind":
         return params
-    if params.structured_outputs is not None:
-        field = structured_field(body)
-        raise bad_request(f"{field} is given, but tool_choice leaves no room for it", field)
-    return replace(params, structured_outputs=calls_of_tools(body, numbers, tool_format))
+    _compile(model, body, params)  # so that an error names the places of what was asked for
+    wanted = StructuredOutputs.of(wanted)
+    wanted = after_reasoning(wanted, markup.reasoning, start == "inside")
+    return replace(params, structured_outputs=wanted)
 
 
 def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingParams:

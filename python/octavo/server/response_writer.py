@@ -15,7 +15,7 @@ from octavo.engine.outputs import OutputChunk, RequestOutput
 from octavo.engine.steering import NO_TOKEN
 from octavo.errors import OctavoError
 from octavo.server.errors import ApiError, to_api_error
-from octavo.server.formats import DONE, Format, to_json, usage_of
+from octavo.server.formats import Format, to_json, usage_of
 from octavo.server.protocol import SamplingBody, StreamOptions
 from octavo.server.stream import EngineRequest, ResultStream
 
@@ -106,13 +106,13 @@ class ResponseWriter:
                     yield text
                 pieces, is_first = [], False
             used = usage_of(*self._count_tokens())
-            yield (self.answer_format.closing(used) if options.include_usage else "") + DONE
+            yield self.answer_format.closing(used if options.include_usage else None)
         except (OctavoError, ApiError) as error:
             if is_first:
                 raise
             found = to_api_error(error, self.body.prompt_field)
             self.notes["error"] = found.for_log
-            yield f"data: {found.as_json()}\n\n{DONE}"
+            yield self.answer_format.failed(found)
 
     async def _batches(self) -> AsyncIterator[tuple[int, list[OutputChunk]]]:
         """(which prompt, its new chunks) as they come, until all prompts have ended."""

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from octavo.engine.admission import whole_id
 from octavo.errors import (
@@ -24,6 +24,7 @@ from octavo.errors import (
 )
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
+from octavo.server.answers import Markup, detect_markup
 from octavo.server.beams import beam_params
 from octavo.server.engine_thread import EngineThread
 from octavo.server.errors import ApiError, bad_request
@@ -31,7 +32,6 @@ from octavo.server.metrics import Metrics
 from octavo.server.options import ServerOptions
 from octavo.server.protocol import ChatFields, SamplingBody
 from octavo.server.stream import EngineRequest, ResultStream, StepStats
-from octavo.server.tools import ToolFormat, detect_format
 
 if TYPE_CHECKING:
     from octavo.model import LoadedModel
@@ -52,7 +52,7 @@ class Service:
         self.recent_steps: deque[tuple[float, int, int]] = deque(maxlen=4096)
         self._num_sampled = 0
         self.metrics: Metrics | None = None
-        self.tool_format: ToolFormat | None = None
+        self.markup = Markup()
         self._model: LoadedModel | None = None
 
     @property
@@ -107,13 +107,9 @@ class Service:
             raise
         self._model = model
         self.metrics = Metrics(self.name, model.engine)
-        parser = self.options.tool_parser
-        if parser == "auto":
-            template = model.chat_template
-            if template is not None:
-                self.tool_format = detect_format(template.source_with_tools)
-        elif parser != "none":
-            self.tool_format = cast("ToolFormat", parser)
+        template = model.chat_template
+        sources = ("",) if template is None else (template.source, template.source_with_tools)
+        self.markup = self.options.markup(detect_markup(*sources))
         if self.phase == "loading":
             self.phase = "ready"
         # So that the first grammar does not wait for it.
@@ -194,8 +190,8 @@ class Service:
             self.metrics.watch(stream)
         return stream
 
-    def tool_format_of(self, body: ChatFields) -> ToolFormat | None:
-        """How the model writes calls, by its own chat template or the body's."""
+    def markup_of(self, body: ChatFields) -> Markup:
+        """How the model writes what is no plain text, by its own chat template or the body's."""
         if body.tools and self.options.tool_parser == "none":
             raise bad_request(
                 "tools is given, but this server looks for no calls (--tool-call-parser none): "
@@ -203,7 +199,7 @@ class Service:
                 "tools",
             )
         if body.chat_template is None:
-            return self.tool_format
+            return self.markup
         if not self.options.takes_templates:
             raise bad_request(
                 "chat_template is a program, and this server runs none from a request: others can "
@@ -211,8 +207,7 @@ class Service:
                 "key or with --trust-request-chat-template",
                 "chat_template",
             )
-        is_auto = self.options.tool_parser == "auto"
-        return detect_format(body.chat_template) if is_auto else self.tool_format
+        return self.options.markup(detect_markup(body.chat_template))
 
     def _on_step(self, stats: StepStats) -> None:
         self.stats = stats

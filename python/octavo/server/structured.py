@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 from octavo.errors import InvalidArgumentError, OctavoError
+from octavo.grammar.tag_formats import newer_form
 from octavo.server.errors import ApiError, bad_request, field_of
 from octavo.server.protocol import ChatBody, SamplingBody
+from octavo.server.reasoning import ReasoningTags
 from octavo.server.tools import ToolFormat, arguments_key, tags_of
 from octavo.structured_outputs import StructuredOutputs
 
@@ -43,6 +46,37 @@ def structured_outputs(body: SamplingBody) -> StructuredOutputs | None:
 def structured_field(body: SamplingBody) -> str | None:
     """The field that says what the text is to be."""
     return next(iter(_asked(body)), None)
+
+
+def after_reasoning(
+    wanted: StructuredOutputs, tags: ReasoningTags, is_inside: bool
+) -> StructuredOutputs:
+    """The same behind what the model thinks, if it does. is_inside: it does already."""
+    parts: dict[str, Any] = {
+        "json": lambda: {"type": "json_schema", "json_schema": json.loads(str(wanted.json))},
+        "json_object": lambda: {"type": "json_schema", "json_schema": {"type": "object"}},
+        "regex": lambda: {"type": "regex", "pattern": wanted.regex},
+        "grammar": lambda: {"type": "grammar", "grammar": wanted.grammar},
+        "choice": lambda: {
+            "type": "or",
+            "elements": [{"type": "const_string", "value": text} for text in wanted.choice or ()],
+        },
+        "structural_tag": lambda: newer_form(str(wanted.structural_tag))["format"],
+    }
+    kind = next(kind for kind in parts if getattr(wanted, kind) is not None)
+    thinking: dict[str, Any] = {
+        "type": "tag",
+        "begin": "" if is_inside else tags.begin,
+        "content": {"type": "any_text"},
+        "end": tags.end,
+    }
+    space = {"type": "regex", "pattern": r"[ \n]*"}
+    before: dict[str, Any] = {"type": "sequence", "elements": [thinking, space]}
+    if not is_inside:
+        before = {"type": "optional", "content": before}
+    whole = {"format": {"type": "sequence", "elements": [before, parts[kind]()]}}
+    changed: dict[str, Any] = {kind: None, "structural_tag": whole}
+    return replace(wanted, **changed)
 
 
 def demands_json(body: SamplingBody) -> bool:

@@ -11,15 +11,14 @@ import json
 import re
 import secrets
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from octavo.text.tokenizer import Tokenizer
+from octavo.server.reasoning import overlap
 
 ToolFormat = Literal["hermes", "llama3_json"]
 # What a parser looks for; in some vocabularies these are special tokens.
 _PYTHON = "<|python_tag|>"
-_TAGS = {"hermes": ("<tool_call>", "</tool_call>"), "llama3_json": (_PYTHON,)}
+TAGS = {"hermes": ("<tool_call>", "</tool_call>"), "llama3_json": (_PYTHON,)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Arguments:
     text: str
 
 
-Piece = str | ToolCall | Arguments
+Piece = str | ToolCall | Arguments  # of an answer without its thinking
 
 
 def detect_format(template: str) -> ToolFormat | None:
@@ -59,21 +58,13 @@ def detect_format(template: str) -> ToolFormat | None:
 
 def tags_of(tool_format: ToolFormat) -> tuple[str, str]:
     """What stands before and behind a call where one must come; "" for nothing."""
-    tags = _TAGS[tool_format]
+    tags = TAGS[tool_format]
     return (tags[0], tags[-1]) if len(tags) == 2 else ("", "")
 
 
 def arguments_key(tool_format: ToolFormat) -> str:
     """What the arguments are called in a call."""
     return "arguments" if tool_format == "hermes" else "parameters"
-
-
-def tag_ids(tokenizer: Tokenizer | None, tool_format: ToolFormat | None) -> frozenset[int]:
-    """The tokens that an answer's text must keep for its parser, special or not."""
-    if tokenizer is None or tool_format is None:
-        return frozenset()
-    ids = (tokenizer.token_id(tag) for tag in _TAGS[tool_format])
-    return frozenset(token_id for token_id in ids if token_id is not None)
 
 
 class HermesParser:
@@ -83,7 +74,7 @@ class HermesParser:
     as it is: nothing the model says is lost.
     """
 
-    _OPEN, _CLOSE = _TAGS["hermes"]
+    _OPEN, _CLOSE = TAGS["hermes"]
 
     def __init__(self) -> None:
         self._held = ""
@@ -104,7 +95,7 @@ class HermesParser:
             pieces += self._calls(before, closed=True) if self._inside else self._show(before)
             self._inside = not self._inside
         if not self._inside:
-            cut = len(self._held) - _overlap(self._held, self._OPEN)
+            cut = len(self._held) - overlap(self._held, self._OPEN)
             shown, self._held = self._held[:cut], self._held[cut:]
             pieces += self._show(shown)
         return pieces
@@ -151,7 +142,7 @@ class Llama3Parser:
         if not self._is_text and self._held.lstrip().startswith("{"):
             begin = 0
         self._may_be_call = begin >= 0
-        cut = begin if self._may_be_call else len(self._held) - _overlap(self._held, _PYTHON)
+        cut = begin if self._may_be_call else len(self._held) - overlap(self._held, _PYTHON)
         shown = self._held[:cut]
         if not self._is_text and not shown.strip():  # space that may part nothing from a call
             return []
@@ -271,9 +262,3 @@ def _read_call(text: str, *, is_bare: bool = False) -> tuple[ToolCall | None, in
     except (ValueError, RecursionError):
         return None, 0
     return ToolCall(content["name"], arguments), end
-
-
-def _overlap(text: str, tag: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `tag`."""
-    lengths = range(min(len(text), len(tag) - 1), 0, -1)
-    return next((length for length in lengths if tag.startswith(text[-length:])), 0)
