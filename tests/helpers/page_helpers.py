@@ -51,12 +51,16 @@ def until(page: Any, expression: str, seconds: float = 15) -> None:
         page.wait_for_timeout(20)
 
 
-def answer_with(page: Any, text: str) -> None:
-    """Let the server's answers be this text, a few characters an event."""
-    pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
+def answer_with(page: Any, text: str, reasoning: str = "") -> None:
+    """Let the server's answers be this text behind that reasoning, a few characters an event."""
+    deltas = [
+        {name: part[i : i + 7]}
+        for name, part in (("reasoning", reasoning), ("content", text))
+        for i in range(0, len(part), 7)
+    ]
     events = []
-    for i, piece in enumerate(pieces):
-        choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
+    for i, delta in enumerate(deltas):
+        choice = {"index": 0, "delta": delta, "finish_reason": None}
         usage = {"prompt_tokens": 9, "completion_tokens": i + 1}
         events.append({"id": "chatcmpl-1", "model": "tiny", "choices": [choice], "usage": usage})
     events[-1]["choices"][0]["finish_reason"] = "stop"  # type: ignore[index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from page_helpers import answer_with, ask, tab
+from page_helpers import answer_with, ask, kept_answer, tab
 
 MARKDOWN = """\
 <think>First a **plan**.</think>
@@ -153,6 +153,20 @@ INSPECT = """() => {
   }
   return found;
 }"""
+
+
+def test_what_it_thinks_is_folded_away_and_sent_back_apart(browser: Any, page_url: str) -> None:
+    with tab(browser, page_url) as page:
+        answer_with(page, "It is four.", reasoning="Two and **two** again.")
+        text = ask(page, "2 + 2?")
+        assert text.locator("details.thoughts strong").text_content() == "two"
+        assert text.locator(":scope > p").inner_text() == "It is four."
+        assert kept_answer(page) == "<think>Two and **two** again.</think>\n\nIt is four."
+        with page.expect_request("**/v1/chat/completions") as sent:
+            ask(page, "Sure?")
+        assert sent.value.post_data_json["messages"][1:2] == [
+            {"role": "assistant", "content": "It is four.", "reasoning": "Two and **two** again."}
+        ]
 
 
 @pytest.mark.parametrize("wrap", ["{}", "<think>\n{}</think>\nafter"])

@@ -4,6 +4,7 @@ import { stream } from "./api.js";
 import * as connection from "./connection.js";
 import { $, memory, toast } from "./dom.js";
 import * as view from "./messages.js";
+import { thoughtOf } from "./render.js";
 import { follow, hold } from "./scroll.js";
 import { requestFields } from "./settings.js";
 import * as state from "./state.js";
@@ -37,7 +38,10 @@ function show(toEnd = true) {
 /** What a request to answer the message with the id `last` holds. */
 function requestOf(conversation, last) {
   const turns = branch(conversation, last).filter((node) => node.content);
-  const messages = turns.map(({ role, content }) => ({ role, content }));
+  const messages = turns.map(({ role, content }) => {
+    const found = role === "assistant" && thoughtOf(content);
+    return found ? { role, content: found.rest.trimStart(), reasoning: found.thought } : { role, content };
+  });
   const system = (conversation.settings.system ?? "").trim();
   if (system) messages.unshift({ role: "system", content: system });
   // Counts come with every piece, so that an answer that is stopped has them too.
@@ -50,6 +54,7 @@ async function read(node, request, signal, tell) {
   const { facts } = node;
   const started = performance.now();
   let first = 0;
+  let thinks = false;
   for await (const event of stream("/v1/chat/completions", request, signal)) {
     facts.id = event.id;
     facts.model = event.model;
@@ -60,12 +65,16 @@ async function read(node, request, signal, tell) {
     }
     const choice = event.choices[0];
     if (!choice) continue;
-    if (choice.delta.content) {
+    const { content, reasoning } = choice.delta;
+    if (content || reasoning) {
       if (!first) {
         first = performance.now();
         facts.first = (first - started) / 1000;
       }
-      node.content += choice.delta.content;
+      // Kept as one text, in which what was thought stands first, between tags.
+      if (reasoning) node.content += (thinks ? "" : "<think>") + reasoning;
+      if (content) node.content += (thinks ? "</think>\n\n" : "") + content;
+      thinks = Boolean(reasoning) || (thinks && !content);
       facts.seconds = (performance.now() - first) / 1000;
       tell();
     }

@@ -147,16 +147,22 @@ function drawBlocks(container, text) {
   drawn.set(container, blocks);
 }
 
-/** Draw an answer; what it thinks first, between <think> tags, is folded away. */
-export function draw(container, text) {
+/** What an answer thinks first, between <think> tags, and the rest; null without it. */
+export function thoughtOf(text) {
   const found = /^\s*<think>([\s\S]*?)(<\/think>|$)/.exec(text);
+  return found && { thought: found[1], rest: text.slice(found[0].length) };
+}
+
+/** Draw an answer; what it thinks is folded away. */
+export function draw(container, text) {
+  const found = thoughtOf(text);
   let thoughts = container.querySelector(":scope > .thoughts");
   if (found && !thoughts) {
     thoughts = element("details", { className: "thoughts" }, element("summary", {}, "Thoughts"));
     thoughts.append(element("div"));
     container.prepend(thoughts);
   }
-  if (found) drawBlocks(thoughts.lastElementChild, found[1]);
+  if (found) drawBlocks(thoughts.lastElementChild, found.thought);
   else thoughts?.remove();
-  drawBlocks(container, found ? text.slice(found[0].length) : text);
+  drawBlocks(container, found ? found.rest : text);
 }
