@@ -235,7 +235,7 @@ def to_cache(x: Array, kv_dtype: str) -> Array:
     if kv_dtype == "int8":
         values = x.astype(np.float32)
         largest = np.max(np.abs(values), axis=-1, keepdims=True)
-        scales = np.where(largest > 0, largest / np.float32(127), np.float32(1))
+        scales = np.where(largest == 0, np.float32(1), largest / np.float32(127))
         rounded: Array = (np.rint(values / scales) * scales).astype(x.dtype, copy=False)
         return rounded
     return round_to_bf16(x) if kv_dtype == "bf16" else x

@@ -42,9 +42,9 @@ template <class Item, class Where>
 float store_vector(Item* items, const float* values, std::int64_t head_dim, Where&& where) {
   float scale = 1.0f;
   if constexpr (sizeof(Item) == 1) {
-    float largest = 0.0f;
-    for (std::int64_t d = 0; d < head_dim; ++d) largest = std::max(largest, std::fabs(values[d]));
-    if (largest > 0.0f) scale = largest / 127.0f;
+    std::uint32_t most = 0;  // the largest of the numbers' bits without the sign, a NaN's above all
+    for (std::int64_t d = 0; d < head_dim; ++d) most = std::max(most, float_bits(values[d]) << 1);
+    if (most > 0) scale = bits_float(most >> 1) / 127.0f;
   }
   for (std::int64_t d = 0; d < head_dim; ++d) {
     if constexpr (sizeof(Item) == 1) {

@@ -52,6 +52,21 @@ def test_what_is_stored_is_what_was_rounded(
             assert np.array_equal(cache, expected), kv_dtype  # int8 knows no -0
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("head_dim", [16, 80, 256])
+def test_a_nan_in_an_int8_cache_stays_one(head_dim: int, dtype: str) -> None:
+    native = _native_ops.Ops(DEVICE, dtype=dtype)
+    q, k = uniform(1, 9, 2, head_dim), rounded(uniform(2, 9, 2, head_dim), dtype)
+    for token in (1, 3, 4):
+        k[token, token % 2, (token * 77) % head_dim] = np.nan
+    k[7, 0] = np.nan
+    places, frequencies = np.arange(9, dtype=np.int32), np.zeros(head_dim // 2, np.float32)
+    for turns in (None, frequencies):
+        _, _, values = native.rope_and_store(q, k, k, places, places, turns, 32, 32, "int8")
+        np.testing.assert_array_equal(values[:9], ops.to_cache(k, "int8"))
+        assert np.flatnonzero(np.isnan(values).any((1, 2))).tolist() == [1, 3, 4, 7]
+
+
 def test_a_padded_step_stores_nothing() -> None:
     native = _native_ops.Ops(DEVICE, dtype="bf16")
     q, k = uniform(1, 5, 4, 64), uniform(2, 5, 2, 64)

@@ -265,6 +265,20 @@ def test_bf16_cache_is_the_f32_cache_rounded() -> None:
     assert same_bits(rounded_values, ops.round_to_bf16(values))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_nan_in_an_int8_cache_stays_one(isa: str) -> None:
+    """Tokens that see it must not get numbers, which would look right."""
+    q, k, v = uniform(1, 3, 4, 10), uniform(2, 3, 2, 10), uniform(3, 3, 2, 10)
+    k[0, 1, 3], k[2, 0, 9], v[1, 0] = np.nan, -np.float32(np.nan), np.nan
+    places = np.arange(3, dtype=np.int32)
+    arguments = (q, k, v, places, places, None, 16, 16, "int8")
+    native = _native_ops.Ops("cpu", 1, isa).rope_and_store(*arguments)
+    reference = ops.rope_and_store(*arguments[:7], "int8")
+    for cache, right, bad in zip(native[1:], reference[1:], ([0, 2], [1]), strict=True):
+        np.testing.assert_array_equal(cache, right)
+        assert np.flatnonzero(np.isnan(cache).any((1, 2))).tolist() == bad
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_linear_rounds_ties_to_even_and_keeps_specials(dtype: str) -> None:
     # Exactly between two bfloat16, both ways; largest finite; NaN and infinities go through.

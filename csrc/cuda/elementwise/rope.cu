@@ -17,16 +17,23 @@ struct HeadVector {
   float first[kPairsPerLane], second[kPairsPerLane];
 };
 
+// A number's magnitude as an integer: larger for a larger one, the largest for a NaN.
+OCTAVO_DEVICE int magnitude_of(float x) { return bits_as<int>(fabsf(x)); }
+
+// The scale of int8 numbers whose largest magnitude is given; a NaN where one of them is.
+OCTAVO_DEVICE float scale_of(int largest) {
+  return largest > 0 ? divide_rn(bits_as<float>(largest), 127.0f) : 1.0f;
+}
+
 // Puts a key or value where it belongs.
 OCTAVO_DEVICE void store_vector(const RopeArguments& a, const Place& place, const HeadVector& x) {
   const int half = (a.head_dim + 1) / 2, lane = static_cast<int>(lane_index());
   float scale = 1.0f;
   if (place.cache.dtype == DType::int8) {
-    float largest = 0.0f;
+    int largest = 0;
     for (int n = 0; n < kPairsPerLane; ++n)
-      largest = fmaxf(largest, fmaxf(fabsf(x.first[n]), fabsf(x.second[n])));
-    largest = warp_max(largest);
-    if (largest > 0.0f) scale = divide_rn(largest, 127.0f);
+      largest = larger(largest, larger(magnitude_of(x.first[n]), magnitude_of(x.second[n])));
+    scale = scale_of(warp_reduce(largest, [](int a, int b) { return larger(a, b); }));
     if (lane == 0) place.set_scale(scale);
   }
   for (int n = 0; n < kPairsPerLane; ++n) {
@@ -158,12 +165,12 @@ __global__ void rope_and_store_wide_kernel(RopeArguments a) {
   }
   float scale = 1.0f;
   if (a.cache.dtype == DType::int8) {
-    float largest = 0.0f;
+    int largest = 0;
     for (int i = 0; i < 8; ++i)
-      largest = fmaxf(largest, fmaxf(fabsf(x.first[i]), fabsf(x.second[i])));
+      largest = larger(largest, larger(magnitude_of(x.first[i]), magnitude_of(x.second[i])));
     for (int mask = pieces / 2; mask; mask /= 2)
-      largest = fmaxf(largest, shuffle_xor(largest, static_cast<unsigned>(mask)));
-    if (largest > 0.0f) scale = divide_rn(largest, 127.0f);
+      largest = larger(largest, shuffle_xor(largest, static_cast<unsigned>(mask)));
+    scale = scale_of(largest);
   }
   if (slot >= 0) store_wide<T>(Place(a, slot, head), x, piece, half, scale);
 }
