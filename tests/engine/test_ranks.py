@@ -112,6 +112,20 @@ def test_answers_on_a_gpu_have_the_same_bits_in_any_batch(tmp_path: Path, overla
     check_invariance(llm, LONG[:2])
 
 
+@needs_cuda
+@needs_two_gpus
+def test_a_step_with_taps_has_the_same_shape_on_every_gpu(tmp_path: Path) -> None:
+    """Others are padded to one that can be recorded: the ranks would exchange other numbers."""
+    path = write_float_model(tmp_path / "model", vocab_size=68)
+    session = load_session(path, 2, device=DEVICE, deterministic=True)
+    session.restart(3)
+    found = []
+    for taps in ((), ("final_norm",), ("final_norm",), ()):
+        session.rewind(0)
+        found.append(session.step({0: [3], 1: [4], 2: [5]}, taps=taps).logits.tobytes())
+    assert len(set(found)) == 1
+
+
 # ---- mistakes ----
 
 MISTAKES = {

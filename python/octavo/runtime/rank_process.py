@@ -62,8 +62,9 @@ class _RankRuntime:
         found = [each for each in messages if isinstance(each, NonFiniteWeightsWarning)]
         return int(self._runtime.memory()["available"]), found
 
-    def submit(self, arguments: Mapping[str, Any], sample: bool, states: str | None) -> None:
-        ticket = self._runtime.submit(_native.Batch(**arguments), None, sample, states)
+    def submit(self, arguments: Mapping[str, Any], *options: Any) -> None:
+        # With taps too: a device takes steps without them in another shape.
+        ticket = self._runtime.submit(_native.Batch(**arguments), *options)
         self._first_rows[ticket] = np.zeros(min(len(arguments["logit_rows"]), 1), np.int32)
 
     def logits(self, ticket: int) -> None:

@@ -243,7 +243,7 @@ class RankedRuntime:
         if not isinstance(batch, RankedBatch):
             raise TypeError("the batch cannot be told to other ranks; expected a RankedBatch")
         ticket = self._own.submit(batch, taps, sample, states)
-        self._team.tell("submit", batch.arguments, sample, states)
+        self._team.tell("submit", batch.arguments, taps, sample, states)
         return ticket
 
     def sample(self, ticket: int, masks: Int32 | None = None, adjustments: Any = None) -> None:
