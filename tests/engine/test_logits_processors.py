@@ -187,6 +187,24 @@ def test_masks_and_penalties_come_after_it() -> None:
     assert run_to_end(engine)["a"].outputs[0].token_ids == (1, 2, 3, 1, 2, 3)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=needs_cuda, id="cuda")])
+@pytest.mark.parametrize("temperature", [0.7, 1e-8])
+def test_the_largest_logits_stay_numbers(temperature: float, device: str) -> None:
+    """Some tokens are forced by float32's largest number, which a temperature made infinite."""
+
+    def force(prompt: Tokens, answer: Tokens, logits: np.ndarray) -> np.ndarray:
+        logits[[40, 41]] = np.finfo(np.float32).max
+        return logits
+
+    engine = tiny_engine(device=device)
+    filters = {"p": {"top_p": 0.9}, "min": {"min_p": 0.1}, "typical": {"typical_p": 0.9}, "all": {}}
+    for name, options in filters.items():
+        params = SamplingParams(temperature, max_tokens=4, logits_processors=[force], **options)
+        engine.add_request(name, PROMPT, params)
+    for name, output in run_to_end(engine).items():
+        assert set(output.outputs[0].token_ids) <= {40, 41}, name
+
+
 def test_what_a_function_gets_and_the_order_of_several() -> None:
     seen: list[Any] = []
 

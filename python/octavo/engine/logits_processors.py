@@ -19,7 +19,8 @@ from octavo.sampling_params import takes_prompt
 Float32 = NDArray[np.float32]
 FORBIDDEN = np.float32(-1e30)
 """The logit of a token that a function has given -inf: finite, since an infinity among the logits
-of a step is an error of the model; its probability is 0, and a mask forbids it besides."""
+of a step is an error of the model; its probability is 0, and a mask forbids it besides. No logit is
+further from 0, so that those divided by a temperature are finite too (from 3e-9 on)."""
 
 
 class LogitsProcessors:
@@ -44,8 +45,7 @@ class LogitsProcessors:
         is_allowed = logits > -np.inf
         if not is_allowed.all():
             words &= _bits(is_allowed)
-            logits = np.where(is_allowed, logits, FORBIDDEN)
-        return logits
+        return np.clip(logits, FORBIDDEN, -FORBIDDEN)
 
 
 def _checked(returned: Any, call: Any, vocab_size: int) -> Float32:
