@@ -202,6 +202,27 @@ WRONG: list[tuple[Any, str]] = [
 ]
 
 
+def test_no_text_begins_what_has_no_end(grammars: Grammars) -> None:
+    """Recursion without an end where it need not be met: nothing else would ever follow."""
+    node = {
+        "type": "object",
+        "properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}},
+        "required": ["v", "next"],
+    }
+    properties = {**node["properties"], "list": {"items": {"$ref": "#/$defs/node"}}}
+    root = {**node, "properties": properties, "required": ["v"], "$defs": {"node": node}}
+    asked = StructuredOutputs(json=root, disable_additional_properties=True)
+    matcher = grammars.compile(asked).matcher(continues=True)
+    tokenizer = grammars._tokenizer
+    assert tokenizer is not None
+    for token in tokenizer.encode('{"v":1,"', add_special_tokens=False):
+        matcher.accept(token)
+    texts = {tokenizer.bytes_of(token) for token in allowed_tokens(matcher)[0]}
+    assert b"l" in texts and b"n" not in texts
+    assert follows(grammars, asked, '{"v":1,"list":[]}')
+    assert not follows(grammars, asked, '{"v":1,"next":{"v":1}}')
+
+
 @pytest.mark.parametrize(("schema", "message"), WRONG, ids=lambda each: str(each)[:40])
 def test_what_cannot_be_followed_is_refused_with_its_place(
     grammars: Grammars, schema: Any, message: str

@@ -89,11 +89,13 @@ class SchemaReader:
             definitions[name] = self._read(place, 0)
         if definitions:
             self.schema["$defs"] = definitions
-        endless = _endless(self.schema)
+        ending = _ending(definitions)
+        endless = _endless(self.schema, ending)
         if endless is not None:
             raise problem_at(
                 self.pointers.get(id(endless), ""), "its recursion has no end, so no text meets it"
             )
+        _cut(self.schema, ending)
 
     def _read(self, place: Place, depth: int) -> Any:
         value, pointer, _ = place
@@ -301,18 +303,18 @@ def _inward(limit: Any, plain: str) -> Any:
     return int(near)
 
 
-def _endless(root: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A schema that demands itself again and again, so that no finite text meets it; or None.
-
-    The definitions that some finite text meets are collected from the simple ones upwards.
-    """
-    definitions = root.get("$defs", {})
+def _ending(definitions: Mapping[str, Any]) -> set[str]:
+    """The definitions that some finite text meets, collected from the simple ones upwards."""
     ending: set[str] = set()
     while True:
         more = {n for n, s in definitions.items() if n not in ending and _ends(s, ending)}
         if not more:
-            break
+            return ending
         ending |= more
+
+
+def _endless(root: Mapping[str, Any], ending: set[str]) -> Mapping[str, Any] | None:
+    """A schema that demands itself again and again, so that no finite text meets it; or None."""
     schema: Any = root
     while not _ends(schema, ending):
         below = [child for child in _demanded(schema) if not _ends(child, ending)]
@@ -320,6 +322,20 @@ def _endless(root: Mapping[str, Any]) -> Mapping[str, Any] | None:
             return schema if isinstance(schema, Mapping) and "$ref" in schema else None
         schema = below[0]
     return None
+
+
+def _cut(root: Mapping[str, Any], ending: set[str]) -> None:
+    """Write false for references to what no finite text meets, so that no text begins it."""
+    definitions = root.get("$defs", {})
+    met = {f"#/$defs/{name}" for name in ending if definitions[name] is not False}
+    waiting: list[Any] = [root]
+    while waiting:
+        for holder, key in children(waiting.pop()):
+            below = holder[key]
+            if isinstance(below, Mapping) and "$ref" in below and below["$ref"] not in met:
+                holder[key] = False
+            elif isinstance(below, Mapping):
+                waiting.append(below)
 
 
 def _ends(schema: Any, ending: set[str]) -> bool:
