@@ -42,6 +42,15 @@ CASES: list[tuple[ToolFormat, str, str, list[tuple[str, Any]]]] = [
     ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1}}', "", [("f", {"x": 1})]),
     ("hermes", '<tool_call>{"name": "f", "argum', '<tool_call>{"name": "f", "argum', []),
     ("hermes", "<tool_call>" + "[" * 5000, "<tool_call>" + "[" * 5000, []),
+    (
+        "hermes",
+        r'<tool_call>{"name": "f", "arguments": {"x": "\ud800"}}',
+        "",
+        [("f", {"x": "\ud800"})],
+    ),
+    ("hermes", r'<tool_call>{"name": "\ud800"}', r'<tool_call>{"name": "\ud800"}', []),
+    ("hermes", r'<tool_call>{"name": "f", "arguments": "{\"x\": 1}"}', "", [("f", {"x": 1})]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "x = 1"}', "", [("f", "x = 1")]),
     ("llama3_json", "just words", "just words", []),
     ("llama3_json", '{"name": "add", "parameters": {"a": 1}}', "", [("add", {"a": 1})]),
     ("llama3_json", '\n {"name": "f", "arguments": {}} ', "", [("f", {})]),
@@ -88,6 +97,7 @@ def parse(tool_format: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[s
     found = [piece for text in pieces for piece in parser.push(text)] + parser.finish()
     text = "".join(piece for piece in found if isinstance(piece, str))
     calls = [piece for piece in found if isinstance(piece, ToolCall)]
+    assert all((call.name + call.arguments).encode() for call in calls)
     return text, [(call.name, json.loads(call.arguments)) for call in calls]
 
 

@@ -240,6 +240,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
@@ -256,9 +257,18 @@ def _read_call(text: str, *, is_bare: bool = False) -> tuple[ToolCall | None, in
         key = next((key for key in ("arguments", "parameters") if key in content), None)
         if is_bare and key is None and content.keys() - {"name", "type", "id"}:
             return None, 0
-        arguments = {} if key is None else content[key]
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        content["name"].encode()
+        arguments = _argument_text({} if key is None else content[key])
     except (ValueError, RecursionError):
         return None, 0
     return ToolCall(content["name"], arguments), end
+
+
+def _argument_text(arguments: Any) -> str:
+    """Arguments as JSON text, which they may be already; half a surrogate pair stays escaped."""
+    text = arguments if isinstance(arguments, str) else None
+    try:
+        _DECODER.decode(text or "")
+    except ValueError:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return _HALF_PAIR.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
