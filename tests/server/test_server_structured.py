@@ -283,6 +283,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
             {"name": "f", "parameters": {"required": ["a"], "properties": {"a": False}}},
             {"name": "f", "parameters": {"type": "object", "minProperties": 2, "maxProperties": 1}},
             {"name": "f", "parameters": False},
+            {"name": "f", "parameters": {"type": "string"}},
+            {"name": "f", "parameters": {"type": ["array", "null"]}},
             {"name": "f", "parameters": ["a"]},
             {
                 "name": "f",
@@ -315,6 +317,31 @@ def test_what_cannot_be_enforced_of_a_tool_is_left_out_unless_it_is_strict(tagge
             (whole,) = (await client.post(CHAT, json=body)).json()["choices"]
             (call,) = whole["message"]["tool_calls"]
             assert json.loads(call["function"]["arguments"]) == {"a": "c"}
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": ["null", "object"], "maxProperties": 0},
+        {"anyOf": [{"type": "string"}, {"type": "object", "properties": {}}]},
+        {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            **{"$ref": "#/definitions/a", "definitions": {"a": {"enum": ["a", {}]}}},
+        },
+    ],
+)
+def test_arguments_are_an_object(llm: LLM, parameters: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+    async def test() -> None:
+        async with serving(llm) as (client, _):
+            for seed in range(4):
+                body = message(tools=[tool], tool_choice="required", seed=seed, max_tokens=1900)
+                (whole,) = (await client.post(CHAT, json=body)).json()["choices"]
+                for call in whole["message"]["tool_calls"]:
+                    assert json.loads(call["function"]["arguments"]) == {}
 
     run(test)
 

@@ -19,11 +19,11 @@ from octavo.errors import InvalidArgumentError
 
 MAX_FORMATS = 10_000
 MAX_DEPTH = 64  # formats within formats
-MAX_ENTRIES = 1000  # of one list
+MAX_NAMES = 1000  # triggers, ends or excluded strings
 MAX_REPEAT = 10_000
 
 Name = Annotated[str, Field(min_length=1)]
-Names = Annotated[list[Name], Field(max_length=MAX_ENTRIES)]
+Names = Annotated[list[Name], Field(max_length=MAX_NAMES)]
 Count = Annotated[int, Field(ge=0, le=MAX_REPEAT)]
 
 
@@ -120,14 +120,14 @@ class Sequence(Format):
     """All of them, one after the other."""
 
     type: Literal["sequence"] = "sequence"
-    elements: Annotated[list[AnyFormat], Field(min_length=1, max_length=MAX_ENTRIES)]
+    elements: Annotated[list[AnyFormat], Field(min_length=1, max_length=MAX_FORMATS)]
 
 
 class Or(Format):
     """One of them."""
 
     type: Literal["or"] = "or"
-    elements: Annotated[list[AnyFormat], Field(min_length=1, max_length=MAX_ENTRIES)]
+    elements: Annotated[list[AnyFormat], Field(min_length=1, max_length=MAX_FORMATS)]
 
 
 class Tag(Format):
@@ -143,7 +143,7 @@ class Dispatch(Format):
     """Free text in which what follows each pattern is of the pattern's format."""
 
     type: Literal["dispatch"] = "dispatch"
-    rules: Annotated[list[tuple[Name, AnyFormat]], Field(min_length=1, max_length=MAX_ENTRIES)]
+    rules: Annotated[list[tuple[Name, AnyFormat]], Field(min_length=1, max_length=MAX_FORMATS)]
     loop: bool = True
     excludes: Names = []
 
@@ -153,7 +153,7 @@ class TriggeredTags(Format):
 
     type: Literal["triggered_tags"] = "triggered_tags"
     triggers: Annotated[Names, Field(min_length=1)]
-    tags: Annotated[list[Tag], Field(min_length=1, max_length=MAX_ENTRIES)]
+    tags: Annotated[list[Tag], Field(min_length=1, max_length=MAX_FORMATS)]
     at_least_one: bool = False
     stop_after_first: bool = False
     excludes: Names = []
@@ -194,7 +194,7 @@ class TagsWithSeparator(Format):
     """Tags with the same text between every two, and nothing else."""
 
     type: Literal["tags_with_separator"] = "tags_with_separator"
-    tags: Annotated[list[Tag], Field(min_length=1, max_length=MAX_ENTRIES)]
+    tags: Annotated[list[Tag], Field(min_length=1, max_length=MAX_FORMATS)]
     separator: str
     at_least_one: bool = False
     stop_after_first: bool = False

@@ -179,16 +179,24 @@ def calls_of_tools(
 
 
 def _parameters(function: dict[str, Any], number: int) -> dict[str, Any]:
+    """The schema of a tool's arguments, which are an object in any case."""
     schema = function.get("parameters")
     try:
-        found = json.loads(str(StructuredOutputs(json={} if schema is None else schema).json))
+        text = str(StructuredOutputs(json={} if schema is None else schema).json)
     except OctavoError as error:
         raise bad_request(str(error), f"tools[{number}].function.parameters") from error
-    if found is False:
+    found = json.loads(text)
+    found = {} if found is True else found
+    kinds = found.get("type", "object") if isinstance(found, dict) else []
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
         raise bad_request(
-            "the JSON schema is false, which nothing meets", f"tools[{number}].function.parameters"
+            f"the parameters are {'false' if found is False else f'of type {kinds!r}'}; expected a "
+            "schema of objects, which arguments are",
+            f"tools[{number}].function.parameters",
         )
-    return {"type": "object", **(found if isinstance(found, dict) else {})}
+    if "$ref" in found:  # beside which an old "$schema" would have nothing count
+        found.pop("$schema", None)
+    return {**found, "type": "object"}
 
 
 def compile_error(error: InvalidArgumentError, body: SamplingBody) -> ApiError:
