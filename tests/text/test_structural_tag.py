@@ -172,6 +172,7 @@ WRONG: list[tuple[Any, str]] = [
     (triggered(["("], A), r"begins with \[\]; expected one"),
     (triggered([], A), "triggers: List should have at least 1 item"),
     ({"type": "repeat", "content": A, "min": 3, "max": 2}, "min is 3 and max 2"),
+    ({"type": "repeat", "content": A, "min": 0, "max": 0}, "min is 0 and max 0; expected no less"),
     ({"type": "token", "token": "a"}, "'a' is no special token within a text"),
     (
         tag("<", {"type": "json_schema", "json_schema": {"properties": {"a": {"not": {}}}}}, ">"),

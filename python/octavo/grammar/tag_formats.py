@@ -111,8 +111,10 @@ class Repeat(Format):
 
     @model_validator(mode="after")
     def _has_room(self) -> Repeat:
-        if 0 <= self.max < self.min:
-            raise ValueError(f"min is {self.min} and max {self.max}; expected no less")
+        if self.max == 0 or 0 < self.max < self.min:
+            raise ValueError(
+                f"min is {self.min} and max {self.max}; expected no less, and 1 at least"
+            )
         return self
 
 
