@@ -118,6 +118,15 @@ GBNF = 'root ::= "yes" more? | [0-9]{2,3} # comment\nmore ::= (", " root)+\n'
 LARK = 'start: "yes" more? | /[0-9]{2,3}/\nmore: (", " start)+\n'
 
 
+def test_escapes_of_characters_in_gbnf(grammars: Grammars) -> None:
+    asked = StructuredOutputs(
+        grammar=r'root ::= "\\u0041\u0041" [\u0400-\u04ff\u005d] "\u00e9\U0001F389\x41\u0022"'
+    )
+    for text in ('\\u0041AЖé🎉A"', '\\u0041A]é🎉A"'):
+        assert follows(grammars, asked, text)
+    assert not follows(grammars, asked, '\\u0041Axé🎉A"')
+
+
 @pytest.mark.parametrize("grammar", [GBNF, LARK], ids=["gbnf", "lark"])
 def test_a_grammar(grammars: Grammars, grammar: str) -> None:
     wanted = StructuredOutputs(grammar=grammar)
@@ -264,6 +273,7 @@ def test_without_strict_what_cannot_be_enforced_is_left_out(grammars: Grammars) 
         ({"regex": "["}, "the regex cannot be followed: .*unclosed"),
         ({"grammar": "start: foo"}, 'the grammar cannot be followed: unknown name: "foo", at line'),
         ({"grammar": "root ::= foo"}, "GBNF's syntax, and wrong"),
+        ({"grammar": 'root ::= start\nstart ::= "a"'}, "GBNF's syntax, and wrong: Rule 'start' al"),
         ({"grammar": "start: X\nX: /a/ & /b/"}, "no text meets it"),
         ({"json": "{"}, "the JSON schema is no JSON"),
         ({"json": "5"}, "the JSON schema is int"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 ANY_TOKENS = '\n%llguidance {"no_forcing": true}\n'
 # A model that is unsure tends to write spaces for ever; no indentation is deeper.
 WHITESPACE = r"[ \n\r\t]{1,64}"
+
+# What tells a grammar in Lark's syntax from one in GBNF's, which may have a rule of this name.
+_LARK = re.compile(r"^\s*(%llguidance\b|start\s*(\[[^\]]*\])?\s*:(?!:=))", re.MULTILINE)
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -155,12 +160,22 @@ def _lark_regex(regex: str) -> str:
 
 
 def _lark_grammar(grammar: str) -> str:
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
+    if _LARK.search(grammar):
+        return grammar
     try:
-        return any_to_lark(grammar)
+        return gbnf_to_lark(_ESCAPE.sub(_plain_escape, grammar))
     except (Exception, RecursionError) as error:
         raise InvalidArgumentError(
             f"the grammar is in GBNF's syntax, and wrong: {error}; expected rules such as "
             'root ::= "yes" | "no"'
         ) from error
+
+
+def _plain_escape(found: re.Match[str]) -> str:
+    """A character by its number, which llguidance 1.9 would write without leading zeros."""
+    number = int(found[1][1:], 16) if found[1][0] in "uU" else -1
+    if number < 0 or 0xD800 <= number < 0xE000 or number > 0x10FFFF:
+        return found[0]
+    return chr(number) if number > 0x9F else f"\\x{number:02x}"
