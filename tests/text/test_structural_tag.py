@@ -70,6 +70,11 @@ FORMATS: list[tuple[Any, list[str], list[str]]] = [
     (B, ["<b>!", "<b></b>", "<b>x</c></b>"], ["<b>!!", "<b>x!</b>", "b"]),
     (tag("", ANY, "</t>"), ["</t>", "x</t>"], ["", "</t></t>"]),
     (tag("[", {"type": "or", "elements": [NUMBER, ANY]}, "]"), ["[5]", "[x]"], ["[]]"]),
+    (
+        tag("[", {"type": "sequence", "elements": [ANY, A, ANY]}, "]"),
+        ["[x<a>5</a>y]", "[<a>5</a>]"],
+        ["[]<a>5</a>]", "[]"],
+    ),
     (tag("<a>", NUMBER, ""), ["<a>5", "<a>-55"], ["<a>", "<a>5x"]),
     (
         {"type": "tags_with_separator", "separator": ", ", "tags": [A, B]},
@@ -161,6 +166,7 @@ ENDLESS = "nothing says where this text ends"
 WRONG: list[tuple[Any, str]] = [
     ({"type": "sequence", "elements": [ANY, NUMBER]}, rf"format\.elements\[0\]: {ENDLESS}"),
     (triggered(["<"], tag("<a>", ANY, "")), ENDLESS),
+    ({"type": "sequence", "elements": [{"type": "star", "content": ANY}, NUMBER]}, ENDLESS),
     ({"type": "star", "content": {"type": "sequence", "elements": [A, ANY]}}, ENDLESS),
     ({"type": "exclude_token"}, r"tag\.format: Input tag 'exclude_token' found .* 'const_string'"),
     ({"type": "tag", "begin": "x"}, "Field required"),

@@ -57,7 +57,8 @@ class TagRules:
         self._names: dict[
             tuple[str, str], str
         ] = {}  # by the letter and the options, and what they are
-        self._written: dict[tuple[int, Ends], tuple[Format, str]] = {}
+        self._written: dict[tuple[int, Ends, Ends], tuple[Format, str]] = {}
+        self._closing: Ends = ()  # what ends the tag that is being written: no text in it holds it
 
     def write(self, whole: Format) -> str:
         """All rules, `start` being the first. Raises InvalidArgumentError with the place."""
@@ -67,7 +68,7 @@ class TagRules:
 
     def _write(self, part: Format, ends: Ends) -> str:
         """The name of a rule for a format and one of the ends behind it."""
-        key = id(part), ends
+        key = id(part), ends, self._closing
         if key not in self._written:  # the format is kept, so its id is no other's
             self._written[key] = part, self._name(self._expression(part, ends))
         return self._written[key][1]
@@ -82,7 +83,7 @@ class TagRules:
                 f"{part.place}: nothing says where this text ends; expected it last, in a tag that "
                 "has an end, or before a const_string, a token or a tag that has a begin"
             )
-        terminal = self._terminal(part)
+        terminal = self._terminal(part, ends)
         if terminal is not None:
             return self._until(self._name(terminal, letter="T"), ends)
         if isinstance(part, TriggeredTags):
@@ -115,10 +116,10 @@ class TagRules:
             return self._leaf(part)
         raise TypeError(f"{type(part).__name__} is no format")
 
-    def _terminal(self, part: Format) -> str | None:
+    def _terminal(self, part: Format, ends: Ends = None) -> str | None:
         """A format in which all is text and expressions, as one expression."""
         if isinstance(part, AnyText):
-            return _free(part)
+            return self._free(part, ends)
         if isinstance(part, Regex):
             return f"/{self._regex(part)}/"
         if isinstance(part, ConstString) and not self._special_text.search(part.value):
@@ -126,7 +127,7 @@ class TagRules:
         inner = part.elements if isinstance(part, (Sequence, Or)) else []
         if isinstance(part, (Repeated, Repeat)):
             inner = [part.content]
-        found = [each for each in map(self._terminal, inner) if each is not None]
+        found = [each for one in inner if (each := self._terminal(one, ends)) is not None]
         if not found or len(found) < len(inner):
             return None
         sign = _SIGNS[part.type] if isinstance(part, Repeated) else ""
@@ -144,8 +145,22 @@ class TagRules:
                 found.append(f"{terminal} {self._spell(end)}")
         return f"({' | '.join(found)})"
 
+    def _free(self, part: AnyText | Dispatch, ends: Ends) -> str:
+        """Free text without what is excluded; `ends` end it anyhow, those of its tag may not."""
+        most = part.max_chars if isinstance(part, AnyText) else None
+        text = _ANY if most is None else f"/(?s:.{{0,{most}}})/"
+        inner = [
+            end for end in self._closing or () if isinstance(end, str) and end not in (ends or ())
+        ]
+        if not part.excludes and not inner:
+            return text
+        words = " | ".join(
+            json.dumps(each, ensure_ascii=False) for each in [*part.excludes, *inner]
+        )
+        return f"({text} & ~({_ANY} ({words}) {_ANY}))"
+
     def _dispatch(self, part: Dispatch, ends: Ends) -> str:
-        free = self._name(_free(part), letter="T")
+        free = self._name(self._free(part, ends), letter="T")
         cases = " | ".join(
             f"{self._until(free, (pattern,))} {self._write(then, () if part.loop else ends)}"
             for pattern, then in part.rules
@@ -183,7 +198,10 @@ class TagRules:
         if given == [""]:
             return f"{begin} {self._write(part.content, ends)}"
         own = tuple(self._literal(each) for each in given)
-        return f"{begin} {self._write(part.content, own)} {self._one_of(ends)}"
+        outer, self._closing = self._closing, own
+        content = self._write(part.content, own)
+        self._closing = outer
+        return f"{begin} {content} {self._one_of(ends)}"
 
     def _literal(self, given: str | Token) -> str | int:
         return self._number(given) if isinstance(given, Token) else given
@@ -219,22 +237,13 @@ def _is_free(part: Format) -> bool:
         return _is_free(part.elements[-1])
     if isinstance(part, Or):
         return any(map(_is_free, part.elements))
-    if isinstance(part, Repeated):
-        return part.type == "optional" and _is_free(part.content)
+    if isinstance(part, (Repeated, Repeat)):
+        return _is_free(part.content)
     if isinstance(part, Tag):
         return part.end == "" and _is_free(part.content)
     if isinstance(part, TriggeredTags):
         return not (part.at_least_one and part.stop_after_first) or any(map(_is_free, part.tags))
     return isinstance(part, (AnyText, Dispatch))
-
-
-def _free(part: AnyText | Dispatch) -> str:
-    most = part.max_chars if isinstance(part, AnyText) else None
-    text = _ANY if most is None else f"/(?s:.{{0,{most}}})/"
-    if not part.excludes:
-        return text
-    words = " | ".join(json.dumps(each, ensure_ascii=False) for each in part.excludes)
-    return f"({text} & ~({_ANY} ({words}) {_ANY}))"
 
 
 def _times(part: Repeat) -> str:
