@@ -280,3 +280,26 @@ def test_options_that_the_command_does_not_have(capsys: pytest.CaptureFixture[st
     assert main(["slurm"]) in (0, 2) and main(["slurm", "rendr"]) == 2
     assert main(["slurm", "render", "bench", "-c", str(PACE), "-b", "0"]) == 2
     assert "--batch-sizes is '0'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("job", "behind", "problem"),
+    [
+        ("bench -f int8 -b 1,4", "--batch 3", "row int8-b1 has --batch already"),
+        ("bench -f int8 -b 1,4", "-b 3", "row int8-b1 has --batch already"),
+        ("bench -f int8", "--quantize=int4", "row int8 has --quantize already"),
+        ("eval -f bf16", "--dtype f32", "row bf16 has --dtype already"),
+        ("batch -i in.jsonl", "-m other", "row auto has --model already"),
+        ("serve", "--port 80", "row serve has --port already"),
+        ("batch -i in.jsonl", "--overwrite", "begin the batch anew whenever the job comes back"),
+        ("bench", "--batch 3 --quantize int4", ""),
+        ("bench -f int8 -b 4", "-p 99", ""),
+    ],
+)
+def test_options_that_the_job_sets_itself(
+    capsys: pytest.CaptureFixture[str], job: str, behind: str, problem: str
+) -> None:
+    """Otherwise row int8-b1 would hold figures of another format and another batch."""
+    command = ["slurm", "render", *job.split(), "-c", str(PACE), "--gpu", "h100"]
+    assert main([*command, "--", *behind.split()]) == (2 if problem else 0)
+    assert problem in capsys.readouterr().err.replace("\n", " ")

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -168,8 +169,9 @@ def render(
         tensor_parallel_size=tensor_parallel_size,
         extra=tuple(extra or ()),
     )
-    _check_extra(request)
-    text = render_job(request, read_site(cluster))
+    site = read_site(cluster)
+    _check_extra(request, site.node(gpu).has_gpu)
+    text = render_job(request, site)
     if output is None:
         typer.echo(text, nl=False)
         return
@@ -322,19 +324,32 @@ def _numbers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _check_extra(request: JobRequest) -> None:
-    """Refuse options that the command would refuse on the node, hours later."""
+def _check_extra(request: JobRequest, has_gpu: bool) -> None:
+    """Refuse options that the command does not have, and those that the job sets or forbids."""
     if request.kind == "gpu":
         return
     from octavo.cli.app import VERBS
+    from octavo.slurm.job import make_rows
 
     verb = next(each for each in VERBS if each.name == request.kind)
     app = typer.Typer()
     app.command()(with_common_options(verb.load()))
     parameters = typer.main.get_command(app).params
-    known = {name for each in parameters for name in (*each.opts, *each.secondary_opts)}
+    known = {name: each.name for each in parameters for name in (*each.opts, *each.secondary_opts)}
+    row = make_rows(replace(request, extra=()), has_gpu)[0]
+    taken = {known[word]: word for word in row.words if word in known}
     for word in request.extra:
         name = word.partition("=")[0]
+        if own := taken.get(known.get(name) or ""):
+            raise InvalidArgumentError(
+                f"{word} stands behind `--`, but row {row.name} has {own} already, by which its "
+                "result is known: leave it out, or choose by the options of render"
+            )
+        if name == "--overwrite":
+            raise InvalidArgumentError(
+                "--overwrite would begin the batch anew whenever the job comes back into the "
+                "queue: leave it out, and name another folder by --results"
+            )
         if name.startswith("--") and name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
