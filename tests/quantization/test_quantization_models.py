@@ -30,6 +30,7 @@ from octavo.reference.ops import round_to_bf16
 from octavo.reference.quantization import round_activations, rounded_product
 from octavo.runtime.loader import load_runtime
 from octavo.sampling_params import SamplingParams
+from octavo.search.contrastive import ContrastiveParams
 from octavo.weights.checkpoint import NonFiniteWeightsWarning, open_checkpoint
 from octavo.weights.model_files import read_model
 
@@ -269,3 +270,15 @@ def test_info_shows_the_formats(tmp_path: Path, capsys: pytest.CaptureFixture[st
         sizes.append(facts["memory"]["as"]["bf16"]["weight_bytes"])
         assert facts["num_parameters"] == 154_656
     assert len(facts["quantized"]) == 1 and sizes[1] < 0.5 * sizes[0]
+
+
+def test_a_quantized_amateur_of_a_model_that_is_quantized_while_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    large, small = write_quantized_model(tmp_path, "int4")
+    options: dict[str, Any] = {"max_model_len": 64, "num_threads": 1}
+    params = ContrastiveParams(max_tokens=6, ignore_eos=True)
+    prompt = {"prompt_token_ids": PROMPT}
+    llm = LLM(large, quantize="int8", **options)
+    (output,) = llm.contrastive_decoding(prompt, small, params, progress=False)
+    assert len(output.outputs[0].token_ids) == 6

@@ -61,8 +61,8 @@ class ContrastiveParams:
 class Amateur:
     """A small model with the vocabulary of the large one.
 
-    model: as `LLM` takes it. config: of the large model; the amateur has its device, number format
-    and length. vocab_size: of the large model.
+    model: as `LLM` takes it. config: of the large model; the amateur has its device, length and
+    number format, unless it is stored quantized. vocab_size: of the large model.
     Raises what loading a model raises, and InvalidArgumentError for another vocabulary.
     """
 
@@ -83,6 +83,8 @@ class Amateur:
         # Small enough for one process, and perhaps not to be divided as the large model is.
         config = replace(config, tensor_parallel_size=1)
         checkpoint = open_checkpoint(files, config.load_format, config.seed)
+        if checkpoint.formats:  # it is stored quantized, and stays as it is
+            config = replace(config, quantize=None)
         self._session = Session(load_runtime(files, checkpoint, config, None, environment))
         self._session.need_one_rope()
 
