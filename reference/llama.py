@@ -8,8 +8,8 @@
 
 The model of Touvron et al. 2023 (arXiv 2302.13971). A `LayerSpec` or `ModelSpec` may ask for more:
 q and k normalized before rope, what a sublayer adds normalized or multiplied, capped scores and
-logits. Every intermediate result has a name, the same
-here, in the native core and in `octavo diff`: see `octavo.models.layer.tap_names`.
+logits. Every intermediate result has a name, the same here, in the native core and in
+`octavo diff`: see `octavo.models.layer.tap_names`.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class BatchArrays(NamedTuple):
 
 
 def copy_blocks(runtime: Any, copies: Iterable[BlockCopy]) -> None:
-    """Copy in the order given, across KV groups: one block may be copied to for two of them."""
+    """Copy in the order given: a block may be written for one KV group and then for another one."""
     for group, of_group in groupby(copies, lambda copy: copy.group):
         runtime.copy_blocks(group, np.array([pair for _, *pair in of_group], np.int32))
 

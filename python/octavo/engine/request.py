@@ -52,17 +52,16 @@ class Sequence:
     preemption; lowered by the number of drafts that are rejected. A sequence with one token left to
     compute is decoding, with more it is in prefill; there is no other difference.
     priority: lower is more urgent. arrival_time: seconds of the engine's clock. adapter: the LoRA
-    adapter that it is computed with. leader: the first
-    answer of the same request, whose prompt this one shares; None for the first itself. rope_set:
-    1 if it has outgrown the model's `rope_switch`; block_hashes are the names for that set.
-    max_total_tokens: prompt and answer end at this length.
-    watches_answer: whether its logits, or what it may sample, depend on the tokens of the answer
-    not through the model alone: penalties, grammars, the user's own functions.
+    adapter that it is computed with. leader: the first answer of the same request, whose prompt
+    this one shares; None for the first itself. rope_set: 1 if it has outgrown the model's
+    `rope_switch`; block_hashes are the names for that set. max_total_tokens: prompt and answer end
+    at this length. watches_answer: whether its logits, or what it may sample, depend on the tokens
+    of the answer by more than the model: by penalties, grammars, the user's own functions.
     num_cached_tokens: how many of its tokens were in the cache when it was first admitted.
     num_published_blocks: how many of its blocks are full and were offered to others. state_row:
     where the device keeps its last sampled token, while it runs. num_candidates: of a beam of a
-    search, how many of the most probable next tokens are wanted; 0: it is none. Such a sequence
-    pauses after each token, until its search decides.
+    search, how many of the most probable next tokens are wanted; 0: it is no beam. A beam pauses
+    after each token, until its search decides.
     """
 
     key: Hashable

@@ -47,10 +47,9 @@ class Schedule(NamedTuple):
     """One step. number: counted from 0 over non-empty steps. num_tokens: how many it computes.
 
     entries: the parts of the sequences, first the num_decodes that decode, each with its branches,
-    then prompts.
-    row_sequences: the sequence of each sampled logit row, in order. scored: the rows of prompts,
-    besides the sampled ones. preempted: sequences that lost their blocks for this step. admitted:
-    those that got blocks. copies: to be done before anything else.
+    then prompts. row_sequences: the sequence of each sampled logit row, in order. scored: the rows
+    of prompts, besides the sampled ones. preempted: sequences that lost their blocks for this step.
+    admitted: those that got blocks. copies: to be done before anything else.
     """
 
     entries: tuple[ScheduledSequence, ...]
@@ -150,9 +149,9 @@ class ScheduleBuilder:
         self.num_tokens += num_new_tokens
 
     def chunk_of(self, sequence: Sequence) -> tuple[int, int]:
-        """How many of its uncomputed tokens there is room for, and their logit rows of the prompt.
+        """How many of its uncomputed tokens there is room for, and how many prompt rows they have.
 
-        Not those of a token that is sampled. Both are 0 when the step has enough rows already.
+        They end before the first token whose row there is no room for. A sampled token's is none.
         """
         num_tokens = min(sequence.num_uncomputed_tokens, self.budget)
         if sequence.params.prompt_logprobs is None:
@@ -165,7 +164,7 @@ class ScheduleBuilder:
         return num_tokens, num_rows
 
     def add_chunk(self, sequence: Sequence, num_new_tokens: int, num_rows: int) -> None:
-        """Add a part of a sequence of more than one token, as `chunk_of` gave it."""
+        """Add the next tokens of a sequence in prefill, and their prompt rows, as of `chunk_of`."""
         is_last = num_new_tokens == sequence.num_uncomputed_tokens
         ends = is_last and sequence.samples_nothing
         if num_rows or ends:

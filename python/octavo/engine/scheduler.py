@@ -11,8 +11,8 @@ headroom for those already running. It shares the blocks of its beginning that t
 holds. While it decodes, or its window moves over its prompt, it takes more blocks. When none is
 free, the *last* running sequence in rank is preempted: it gives its blocks back and waits again. So
 the first in rank always advances (it is preempted once at most, where it outgrows `rope_switch`).
-Since no request is accepted that the whole cache could not hold, it ends; then the next one is the
-first. So all end.
+It ends, since no request is accepted that the whole cache could not hold. Then the next one is the
+first. So every request ends.
 
 Pure Python: no NumPy, no native code.
 """

@@ -64,9 +64,9 @@ class Node:
     tap: its name, the same in the reference, in the native core and in docs/taps.md. inputs: the
     taps that the op reads. width: numbers in a row. matrices: those that the op multiplies by, or
     takes rows of. norm: for an op that normalizes; its weight has the name of the tap. group: how
-    many numbers norm_heads normalizes together. scale, cap: the result is multiplied by `scale`,
-    of a sum every input but the first (the residual stream); then, with a cap that is not 0, x
-    becomes cap * tanh(x / cap).
+    many numbers norm_heads normalizes together. scale: the result is multiplied by it; of add_norm,
+    every input is but the first, the residual stream. cap: after that, where it is not 0, a number
+    x becomes cap * tanh(x / cap).
     """
 
     tap: str
