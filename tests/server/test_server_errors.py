@@ -251,3 +251,34 @@ def test_a_body_that_is_no_object(llm: LLM, path: str, body: str, kind: str) -> 
             assert error["message"].startswith("the body is")
 
     run(test)
+
+
+def test_pages_of_allowed_origins(llm: LLM) -> None:
+    """They may ask, and read the headers that say which request it was and when to ask again."""
+    page = {"origin": "http://a.example"}
+    asks = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "x-request-id",
+    }
+    shown = "access-control-allow-origin"
+
+    async def test() -> None:
+        options = {"allowed_origins": ("http://a.example",), "api_keys": ("k",)}
+        async with serving(llm, **options) as (client, _):
+            before = await client.options(CHAT, headers={**page, **asks})
+            assert before.status_code == 200 and before.headers[shown] == page["origin"]
+            other = {"origin": "http://b.example"}
+            before = await client.options(CHAT, headers={**other, **asks})
+            assert before.status_code == 400 and shown not in before.headers
+            for key, status in (("k", 200), ("no", 401)):
+                headers = {**page, "authorization": f"Bearer {key}"}
+                response = await client.get("/v1/models", headers=headers)
+                assert response.status_code == status and response.headers[shown] == page["origin"]
+                exposed = response.headers["access-control-expose-headers"].lower().split(", ")
+                assert {"retry-after", "x-octavo-warning", "x-request-id"} <= set(exposed)
+            response = await client.get(
+                "/v1/models", headers={**other, "authorization": "Bearer k"}
+            )
+            assert shown not in response.headers
+
+    run(test)
