@@ -128,6 +128,8 @@ def test_converted_figures_are_those_of_the_file() -> None:
     served = read_results(RESULTS / "compare_serving-smollm2-amd-epyc-2t.json")
     most = next(r for r in served.rows if r.users == 64 and r.system == "llama.cpp q8_0")
     assert round(most.median) == 540 and most.between_ms and round(most.between_ms.p99) == 1795
+    under_load = table.latency_table(served, "smollm2-135m", "load")
+    assert under_load.headings[-1] == "prompt and answer tokens/s"
     gpu = read_results(RESULTS / "gpu-nvidia-h100-80gb-hbm3-fused.json")
     decode = gpu.of("llama-3.2-1b", "decode")[0]
     assert decode.system == "octavo bf16 cuda" and round(1e6 / decode.median) == 1005

@@ -131,8 +131,12 @@ def context_table(results: Results, model: str) -> Table:
 
 
 def latency_table(results: Results, model: str, measure: str) -> Table:
-    """Percentiles of the first token and between tokens, in milliseconds."""
-    heads = ("system", "size", "first p50, ms", "p99", "between p50, ms", "p99", "tokens/s")
+    """Percentiles of the first token and between tokens, in milliseconds.
+
+    The speed under load is of prompts and answers together.
+    """
+    speed = "prompt and answer tokens/s" if measure == "load" else "tokens/s"
+    heads = ("system", "size", "first p50, ms", "p99", "between p50, ms", "p99", speed)
     made = []
     for row in results.of(model, measure):
         first, between = row.first_ms, row.between_ms
