@@ -264,3 +264,15 @@ def test_a_second_run_does_not_find_the_first_ones_prompts_without_saying_so(
         assert content["loads"][0]["cached_prompt_tokens"] == 2 * 63
         assert "1 user: 98% of the prompts' tokens were in the server's prefix cache" in shown
     assert len(seeds) == 3 and 7 in seeds
+
+
+@pytest.mark.parametrize("option", ["--prompt-len", "--shared-prefix"])
+def test_prompts_of_a_file_have_their_own_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    dataset = tmp_path / "jobs.jsonl"
+    dataset.write_text('{"prompt": "ABC"}')
+    assert main(["bench", "serve", "--dataset", str(dataset), option, "9"]) == 2
+    assert f"{option} is 9, which does nothing here; expected it without --dataset" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from octavo.cli.bench import parse_numbers
 from octavo.cli.common import FAILED, note, print_error, progress_bar
-from octavo.cli.options import argument, grouped, option, tried
+from octavo.cli.options import argument, grouped, option, refuse_unused, tried
 from octavo.errors import InvalidArgumentError
 from octavo.files import write_text
 
@@ -202,6 +202,7 @@ def _loads(arrivals: Arrivals) -> list[Load]:
 def _jobs(asked: Requests, seed: int) -> Iterator[Job]:
     from octavo.bench.serve_workload import jobs_of_file, parse_lengths, random_jobs
 
+    refuse_unused(asked, "prompt_len shared_prefix", asked.dataset is None, "without --dataset")
     answers = parse_lengths("--answer-len", asked.answer_len)
     if asked.dataset is not None:
         return jobs_of_file(asked.dataset, answers, seed)

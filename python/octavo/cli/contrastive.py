@@ -37,7 +37,7 @@ def check_contrast(
     contrast: Contrast, params: SamplingParams, beams: int | None, adapter: str | None
 ) -> None:
     """InvalidArgumentError names what does not go with --amateur, or needs one."""
-    refuse_unused(contrast, "alpha", contrast.amateur is not None, "--amateur MODEL")
+    refuse_unused(contrast, "alpha", contrast.amateur is not None, "with --amateur MODEL")
     if contrast.amateur is None:
         return
     for name, given in (("--beams", beams), ("--adapter", adapter)):

@@ -115,7 +115,7 @@ def generate(
     )
     _check_shown(shown, params)
     check_contrast(contrast, params, search.beams, adapter)
-    refuse_unused(search, "length_penalty", search.beams is not None, "--beams N")
+    refuse_unused(search, "length_penalty", search.beams is not None, "with --beams N")
     if search.beams is not None:  # refused before a model is loaded
         beam_search_params(search.beams, search.length_penalty, params)
     if system is not None and chat is False:

@@ -352,12 +352,12 @@ def refuse_unused(options: object, names: str, are_used: bool, needed: str) -> N
     """Raise InvalidArgumentError for one of a group's options that was given and would do nothing.
 
     options: the group's values, a dataclass with defaults. names: of its fields, between spaces.
-    needed: what makes them useful.
+    needed: with or without what they would do something.
     """
     for name in names.split():
         value = getattr(options, name)
         if not are_used and value != getattr(type(options)(), name):
             raise InvalidArgumentError(
-                f"--{name.replace('_', '-')} is {value}, which does nothing here; expected it with "
+                f"--{name.replace('_', '-')} is {value}, which does nothing here; expected it "
                 f"{needed}, or not at all"
             )

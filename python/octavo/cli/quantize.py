@@ -196,10 +196,10 @@ def _request(
         tuple(rounding.int8 or ()),
     )
     measures = measuring.sensitivity or measuring.bits_per_weight is not None
-    refuse_unused(calibrating, "windows window seed", text is not None, "--calibrate FILE")
-    to_measure = "--sensitivity or --bits-per-weight (a text to round by is --calibrate FILE)"
+    refuse_unused(calibrating, "windows window seed", text is not None, "with --calibrate FILE")
+    to_measure = "with --sensitivity or --bits-per-weight (a text to round by is --calibrate FILE)"
     refuse_unused(measuring, "text max_windows", measures, to_measure)
-    refuse_unused(rounding, "group_size method", scheme.has_groups, "a scheme of 4 bits")
+    refuse_unused(rounding, "group_size method", scheme.has_groups, "with a scheme of 4 bits")
     return QuantizeRequest(model, out, scheme, calibration=calibration, **vars(measuring))
 
 
