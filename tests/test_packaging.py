@@ -208,7 +208,9 @@ for name in ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client",
     sys.modules[name] = None
 import octavo
 for module in pkgutil.walk_packages(octavo.__path__, "octavo."):
-    if not module.name.startswith("octavo.server.") and not module.name.endswith("__main__"):
+    # Structural tags are read with pydantic, where one is asked for.
+    of_server = module.name.startswith(("octavo.server.", "octavo.grammar.tag_"))
+    if not of_server and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 print("imported")
 """
