@@ -329,7 +329,7 @@ class ModelRun:
 
     def _quality(self, form: str) -> None:
         """`octavo eval` in a format, in a process of its own."""
-        command = [sys.executable, "-m", "octavo.cli", "eval", str(self._catalog.path), "--json"]
+        command = [sys.executable, "-m", "octavo", "eval", str(self._catalog.path), "--json"]
         command += octavo_options(form)
         if self._model.quality is not None and self._model.quality.windows:
             command += ["--max-windows", str(self._model.quality.windows)]

@@ -49,7 +49,7 @@ class Running(NamedTuple):
 
 
 def octavo_server(*options: Any, name: str = "octavo") -> Server:
-    command = (sys.executable, "-m", "octavo.cli", "serve", "--port", "{port}")
+    command = (sys.executable, "-m", "octavo", "serve", "--port", "{port}")
     return Server(name, (*command, "--log-format", "json", *map(str, options)))
 
 

@@ -16,7 +16,7 @@ model = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-command = [sys.executable, "-m", "octavo.cli", "serve", model, "--max-model-len", "1024"]
+command = [sys.executable, "-m", "octavo", "serve", model, "--max-model-len", "1024"]
 server = subprocess.Popen([*command, "--port", str(port)])
 try:
     url = f"http://127.0.0.1:{port}"

@@ -33,7 +33,7 @@ BESIDE = 10  # requests that run while the picture is taken
 
 def start_server(model: str) -> tuple[subprocess.Popen[str], str]:
     """The server's process and its address, once it takes requests."""
-    command = [sys.executable, "-m", "octavo.cli", "serve", model, "--port", "0"]
+    command = [sys.executable, "-m", "octavo", "serve", model, "--port", "0"]
     process = subprocess.Popen(
         [*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True
     )

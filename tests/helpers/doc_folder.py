@@ -90,7 +90,7 @@ class Shell:
         self._server: subprocess.Popen[bytes] | None = None
         programs = folder / ".programs"
         programs.mkdir()
-        for name, arguments in (("octavo", "-m octavo.cli"), ("python", ""), ("python3", "")):
+        for name, arguments in (("octavo", "-m octavo"), ("python", ""), ("python3", "")):
             program = programs / name
             program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
             program.chmod(0o755)

@@ -204,7 +204,7 @@ class ServerProcess:
 
     def start(self, directory: Path, wait: bool = True) -> ServerProcess:
         self.log_path = directory / "server.log"
-        command = [sys.executable, "-m", "octavo.cli", "serve", "--port", "0", "--log-format"]
+        command = [sys.executable, "-m", "octavo", "serve", "--port", "0", "--log-format"]
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
                 [*command, "json", *self.arguments],

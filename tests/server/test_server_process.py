@@ -255,7 +255,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 1 and "OSError: damaged" in done.stderr
-    command = [sys.executable, "-m", "octavo.cli", "serve", str(tmp_path), "--port", "0"]
+    command = [sys.executable, "-m", "octavo", "serve", str(tmp_path), "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
 
@@ -263,7 +263,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
 def test_a_port_in_use_is_told_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "octavo.cli", "serve", "--port", port]
+        command = [sys.executable, "-m", "octavo", "serve", "--port", port]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert f"127.0.0.1:{port} cannot be listened on" in done.stderr

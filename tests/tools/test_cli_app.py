@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "octavo.cli", *arguments]
+    command = [sys.executable, "-m", "octavo", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -139,7 +139,7 @@ def test_a_bad_environment_variable_is_named(monkeypatch, capsys):
 
 
 def test_a_terminal_that_is_not_utf_8(model):
-    command = [sys.executable, "-m", "octavo.cli", "generate", "Grüße 🎉", "-m", model]
+    command = [sys.executable, "-m", "octavo", "generate", "Grüße 🎉", "-m", model]
     command += ["--load-format", "dummy", "-n", "5", "--json"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
@@ -150,7 +150,7 @@ def test_a_terminal_that_is_not_utf_8(model):
 def test_a_prompt_that_the_locale_does_not_decode(model):
     """Under an ASCII locale without Python's own remedies, and bytes that are no text at all."""
     locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-m", "octavo.cli", "generate", "-m", model, "-n", "2", "--json"]
+    command = [sys.executable, "-m", "octavo", "generate", "-m", model, "-n", "2", "--json"]
     command += ["--load-format", "dummy", "--raw"]
     for environment, words, text in (
         (locale, "Grüße".encode(), "Grüße"),
@@ -167,7 +167,7 @@ def test_a_prompt_that_the_locale_does_not_decode(model):
 
 
 def test_a_closed_pipe_ends_quietly(model):
-    command = f"'{sys.executable}' -m octavo.cli --help | head -n 1"
+    command = f"'{sys.executable}' -m octavo --help | head -n 1"
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
     )
@@ -242,7 +242,7 @@ def test_options_of_loading_reach_the_engine(name, model, tmp_path, monkeypatch)
     places = {
         "generate": ("octavo.cli.common.load_llm", 1, ["hi", "-m", model]),
         "chat": ("octavo.cli.common.load_llm", 1, ["-m", model]),
-        "serve": ("octavo.cli.serve._load", 1, [model]),
+        "serve": ("octavo.server.application.load_logged", 1, [model]),
         "batch": ("octavo.cli.batch.describe_run", 1, ["{in}", "{out}", "-m", model]),
         "bench": ("octavo.bench.benchmark.bench", 1, [model]),
         "bench spec": ("octavo.cli.bench_spec.load_llm", 1, [model]),

@@ -237,7 +237,7 @@ def test_killed_and_resumed(model, tmp_path):
     count = 40
     source = write(tmp_path / "in.jsonl", [f"prompt {number}" for number in range(count)])
     target = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "octavo.cli", "batch", str(source), str(target)]
+    command = [sys.executable, "-m", "octavo", "batch", str(source), str(target)]
     command += ["-m", model, "--load-format", "dummy", "--max-tokens", "60"]
     command += ["--max-num-seqs", "2"]
     kills = 0
@@ -267,7 +267,7 @@ def test_a_signal_keeps_what_is_done(model, tmp_path, number):
     """Ctrl-C; and SIGUSR1, which also waits for the answers that are under way."""
     source = write(tmp_path / "in.jsonl", [f"prompt {number}" for number in range(100)])
     target = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "octavo.cli", "batch", str(source), str(target)]
+    command = [sys.executable, "-m", "octavo", "batch", str(source), str(target)]
     command += ["-m", model, "--load-format", "dummy", "--max-num-seqs", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not target.exists() or not target.stat().st_size:

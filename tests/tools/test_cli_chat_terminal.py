@@ -42,7 +42,7 @@ class Terminal:
     def __init__(self, *arguments: str, stdout: IO[str] | None = None, TERM: str = "xterm") -> None:
         self.descriptor, child = os.openpty()
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
-        command = [sys.executable, "-c", self._START, sys.executable, "-m", "octavo.cli"]
+        command = [sys.executable, "-c", self._START, sys.executable, "-m", "octavo"]
         self.process = subprocess.Popen(
             [*command, *arguments],
             stdin=child,

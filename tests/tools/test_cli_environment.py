@@ -68,7 +68,7 @@ def test_streams_that_are_closed(place, streams):
 
 def octavo(arguments: list[str], redirection: str, **options: Any) -> subprocess.CompletedProcess:
     """A process of its own: Python's start and its end are part of what is tried."""
-    command = ["sh", "-c", f'exec "$0" -m octavo.cli "$@" {redirection}', sys.executable]
+    command = ["sh", "-c", f'exec "$0" -m octavo "$@" {redirection}', sys.executable]
     return subprocess.run(
         [*command, *arguments], stderr=subprocess.PIPE, text=True, timeout=120, **options
     )

@@ -169,7 +169,7 @@ def test_bash_itself_completes(home, tmp_path):
     """With the script that `octavo --show-completion` prints, in a real bash."""
     program = tmp_path / "bin" / "octavo"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m octavo.cli "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m octavo "$@"\n')
     program.chmod(0o755)
     script = (
         'eval "$(_OCTAVO_COMPLETE=source_bash octavo)"\n'

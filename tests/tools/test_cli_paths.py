@@ -144,7 +144,7 @@ def test_a_wrong_path_is_one_clear_error(case, place, tmp_path, monkeypatch, cap
         words += [str(option), str(path), *NEEDS.get((verb, name), [])]
     if verb == "serve" and wrong == "full":  # found when the model is loaded, in its own process
         done = subprocess.run(
-            [sys.executable, "-m", "octavo.cli", *words], capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "octavo", *words], capture_output=True, text=True, timeout=60
         )
         code, out, err = done.returncode, done.stdout, done.stderr.splitlines()[-1]
     else:

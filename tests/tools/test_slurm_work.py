@@ -361,7 +361,7 @@ def test_work_as_a_job_calls_it(tmp_path: Path) -> None:
         "--load-format dummy --device cpu\n"
         for n in (2, 3)
     )
-    command = [*(sys.executable, "-m", "octavo.cli", "slurm", "work", "--kind", "batch")]
+    command = [*(sys.executable, "-m", "octavo", "slurm", "work", "--kind", "batch")]
     command += ["--results", "out", "--model", "tiny", "--local", "local"]
     slurm = {"SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1", "SLURMD_NODENAME": "n9"}
     variables = {**os.environ, **slurm, "OCTAVO_HOME": str(tmp_path / "home")}

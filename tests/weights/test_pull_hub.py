@@ -140,7 +140,7 @@ def octavo(hub: Hub, home: Path, *arguments: str, **variables: str) -> tuple[int
         **variables,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "octavo.cli", *arguments],
+        [sys.executable, "-m", "octavo", *arguments],
         env=environment,
         capture_output=True,
         text=True,

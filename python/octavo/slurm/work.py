@@ -69,7 +69,7 @@ class Worker:
     node: NodeInfo
     drain: float
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
-    command_line: Sequence[str] = (sys.executable, "-m", "octavo.cli")
+    command_line: Sequence[str] = (sys.executable, "-m", "octavo")
     variables: dict[str, str] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     stopping: signal.Signals | None = None

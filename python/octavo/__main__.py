@@ -1,4 +1,4 @@
-"""`python -m octavo.cli`: the same as `octavo`."""
+"""`python -m octavo`: the same as `octavo`."""
 
 import sys
 
