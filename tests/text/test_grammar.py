@@ -211,6 +211,35 @@ WRONG: list[tuple[Any, str]] = [
 ]
 
 
+BASE = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
+MORE = {"type": "object", "properties": {"b": {"type": "null"}}}
+A, AB, AC = '{"a":null}', '{"a":null,"b":null}', '{"a":null,"c":1}'
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (BASE, [A], [AB, AC]),
+        ({"anyOf": [BASE, MORE]}, [A, '{"b":null}'], [AB, AC]),
+        ({"allOf": [{"$ref": "#/$defs/base"}]}, [A], [AB, AC]),
+        ({"allOf": [{"$ref": "#/$defs/base"}, MORE]}, [A, AB], ["{}"]),
+        ({**MORE, "$ref": "#/$defs/base"}, [A, '{"b":null,"a":null}'], ["{}"]),
+        (
+            {"properties": {"x": {"$ref": "#/$defs/base"}}, "allOf": [{"$ref": "#/$defs/base"}]},
+            [f'{{"x":{A},"a":null}}'],
+            [f'{{"x":{AB},"a":null}}'],
+        ),
+    ],
+)
+def test_objects_are_closed_unless_several_schemas_name_their_members(
+    grammars: Grammars, schema: Any, good: list[str], bad: list[str]
+) -> None:
+    whole = {**schema, "$defs": {"base": BASE}}
+    asked = StructuredOutputs(json=whole, disable_additional_properties=True)
+    assert [follows(grammars, asked, text) for text in good] == [True] * len(good)
+    assert [follows(grammars, asked, text) for text in bad] == [False] * len(bad)
+
+
 def test_no_text_begins_what_has_no_end(grammars: Grammars) -> None:
     """Recursion without an end where it need not be met: nothing else would ever follow."""
     node = {

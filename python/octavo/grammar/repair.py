@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.grammar.lark import lark_of_schema
 from octavo.grammar.matcher import short_error, start_matcher
-from octavo.grammar.schema import SchemaReader, children, problem_at
+from octavo.grammar.recursion import children
+from octavo.grammar.schema import SchemaReader, problem_at
 from octavo.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:

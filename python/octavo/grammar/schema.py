@@ -15,6 +15,14 @@ from decimal import Decimal
 from typing import Any
 
 from octavo.errors import InvalidArgumentError
+from octavo.grammar.recursion import (
+    LIST,
+    MAP,
+    ONE,
+    cut_endless,
+    ending_definitions,
+    endless_part,
+)
 from octavo.grammar.references import Place, References
 
 MAX_DEPTH = 64  # schemas within schemas
@@ -27,9 +35,6 @@ FORMATS = frozenset(
     # Others are ignored, as JSON Schema has it.
     ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"]
 )
-_ONE = frozenset({"additionalProperties", "items"})
-_LIST = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
-_MAP = frozenset({"properties", "patternProperties"})
 _COUNTS = frozenset(
     ["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"]
 )
@@ -51,6 +56,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "extends": (),
     "disallow": (),
 }
+_JOINED = frozenset({"allOf", "anyOf", "oneOf", "$ref"})  # more schemas of the same value
 _OLD = ("draft-03", "draft-04", "draft-06", "draft-07")  # where nothing counts beside a "$ref"
 
 
@@ -77,27 +83,29 @@ class SchemaReader:
         dialect = document.get("$schema") if isinstance(document, Mapping) else None
         self._is_old = isinstance(dialect, str) and any(name in dialect for name in _OLD)
         self._references = References(document)
-        self._names: dict[str, str] = {}  # of the targets of references, by their pointer
-        self._waiting: list[tuple[str, Place]] = []
+        # Of the targets of references, by their pointer and whether they are parts of an object.
+        self._names: dict[tuple[str, bool], str] = {}
+        self._waiting: list[tuple[str, Place, bool]] = []
         root = self._read(self._references.root, 0)
         if root is False:
             raise problem_at("", "nothing meets false")
         self.schema: dict[str, Any] = root
         definitions: dict[str, Any] = {}
         while self._waiting:
-            name, place = self._waiting.pop()
-            definitions[name] = self._read(place, 0)
+            name, place, is_part = self._waiting.pop()
+            definitions[name] = self._read(place, 0, is_part)
         if definitions:
             self.schema["$defs"] = definitions
-        ending = _ending(definitions)
-        endless = _endless(self.schema, ending)
+        ending = ending_definitions(definitions)
+        endless = endless_part(self.schema, ending)
         if endless is not None:
             raise problem_at(
                 self.pointers.get(id(endless), ""), "its recursion has no end, so no text meets it"
             )
-        _cut(self.schema, ending)
+        cut_endless(self.schema, ending)
 
-    def _read(self, place: Place, depth: int) -> Any:
+    def _read(self, place: Place, depth: int, is_part: bool = False) -> Any:
+        """is_part: others name more members of the same object, so it stays open for them."""
         value, pointer, _ = place
         if value is False:
             return False
@@ -113,30 +121,33 @@ class SchemaReader:
         if value is True:
             return found
         keys = ["$ref"] if self._is_old and "$ref" in value else list(value)
+        is_part = self._closed and (is_part or _is_joined(value, keys))
         for key in keys:
-            self._read_keyword(found, place, key, depth + 1)
-        if self._closed and "properties" in found:
+            self._read_keyword(found, place, key, depth + 1, is_part and key in _JOINED)
+        if self._closed and not is_part and "properties" in found:
             found.setdefault("additionalProperties", False)
         return found
 
-    def _read_keyword(self, found: dict[str, Any], place: Place, key: str, depth: int) -> None:
+    def _read_keyword(
+        self, found: dict[str, Any], place: Place, key: str, depth: int, is_part: bool
+    ) -> None:
         item = place.value[key]
         if key in _REFUSED:
             self._refuse(place, key)
         elif key == "$ref":
-            found[key] = f"#/$defs/{self._name_target(place)}"
-        elif key in _LIST or (key == "items" and isinstance(item, list)):
+            found[key] = f"#/$defs/{self._name_target(place, is_part)}"
+        elif key in LIST or (key == "items" and isinstance(item, list)):
             if not isinstance(item, list):
                 raise problem_at(place.pointer, f'"{key}" is {_shown(item)}; expected a list')
-            parts = [self._read(place.child(key, i), depth) for i in range(len(item))]
+            parts = [self._read(place.child(key, i), depth, is_part) for i in range(len(item))]
             if key == "items":  # as it was before 2020-12
                 if "additionalItems" in place.value:
                     found["items"] = self._read(place.child("additionalItems"), depth)
                 key = "prefixItems"
             found[key] = parts
-        elif key in _ONE:
+        elif key in ONE:
             found[key] = self._read(place.child(key), depth)
-        elif key in _MAP:
+        elif key in MAP:
             if not isinstance(item, Mapping):
                 raise problem_at(place.pointer, f'"{key}" is {_shown(item)}; expected an object')
             self._check_size(place, key, MAX_PROPERTIES)
@@ -191,16 +202,16 @@ class SchemaReader:
             )
         return number is None
 
-    def _name_target(self, place: Place) -> str:
+    def _name_target(self, place: Place, is_part: bool) -> str:
         reference = place.value["$ref"]
         try:
             target = self._references.resolve(reference, place)
         except (ValueError, TypeError, AttributeError) as error:
             raise problem_at(place.pointer, f'"$ref" is {_shown(reference)}: {error}') from error
-        name = self._names.get(target.pointer)
+        name = self._names.get((target.pointer, is_part))
         if name is None:
-            name = self._names[target.pointer] = f"s{len(self._names)}"
-            self._waiting.append((name, target))
+            name = self._names[target.pointer, is_part] = f"s{len(self._names)}"
+            self._waiting.append((name, target, is_part))
         return name
 
     def _check_size(self, place: Place, key: str, limit: int) -> None:
@@ -211,15 +222,11 @@ class SchemaReader:
             )
 
 
-def children(schema: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """The schemas right below one, definitions first: of each what it is in, and its key there."""
-    for key, item in sorted(schema.items(), key=lambda each: each[0] != "$defs"):
-        if key in _LIST:
-            yield from ((item, index) for index in range(len(item)))
-        elif key in _MAP or key == "$defs":
-            yield from ((item, name) for name in item)
-        elif key in _ONE:
-            yield schema, key
+def _is_joined(value: Mapping[str, Any], keys: list[str]) -> bool:
+    """Whether several parts of a schema may name members of the same object."""
+    all_of = value["allOf"] if "allOf" in keys else []
+    has_many = isinstance(all_of, list) and len(all_of) > 1
+    return has_many or sum(key in _JOINED or key == "properties" for key in keys) > 1
 
 
 def exact_pattern(pattern: str) -> str:
@@ -301,68 +308,6 @@ def _inward(limit: Any, plain: str) -> Any:
     if plain == "minimum" and near < limit:
         near = math.nextafter(near, math.inf)
     return int(near)
-
-
-def _ending(definitions: Mapping[str, Any]) -> set[str]:
-    """The definitions that some finite text meets, collected from the simple ones upwards."""
-    ending: set[str] = set()
-    while True:
-        more = {n for n, s in definitions.items() if n not in ending and _ends(s, ending)}
-        if not more:
-            return ending
-        ending |= more
-
-
-def _endless(root: Mapping[str, Any], ending: set[str]) -> Mapping[str, Any] | None:
-    """A schema that demands itself again and again, so that no finite text meets it; or None."""
-    schema: Any = root
-    while not _ends(schema, ending):
-        below = [child for child in _demanded(schema) if not _ends(child, ending)]
-        if not below:
-            return schema if isinstance(schema, Mapping) and "$ref" in schema else None
-        schema = below[0]
-    return None
-
-
-def _cut(root: Mapping[str, Any], ending: set[str]) -> None:
-    """Write false for references to what no finite text meets, so that no text begins it."""
-    definitions = root.get("$defs", {})
-    met = {f"#/$defs/{name}" for name in ending if definitions[name] is not False}
-    waiting: list[Any] = [root]
-    while waiting:
-        for holder, key in children(waiting.pop()):
-            below = holder[key]
-            if isinstance(below, Mapping) and "$ref" in below and below["$ref"] not in met:
-                holder[key] = False
-            elif isinstance(below, Mapping):
-                waiting.append(below)
-
-
-def _ends(schema: Any, ending: set[str]) -> bool:
-    if not isinstance(schema, Mapping):
-        return True  # that nothing meets false is another error
-    reference = schema.get("$ref")
-    if reference is not None and reference.removeprefix("#/$defs/") not in ending:
-        return False
-    choices = [schema[key] for key in ("anyOf", "oneOf") if schema.get(key)]
-    if not all(any(_ends(each, ending) for each in choice) for choice in choices):
-        return False
-    return all(_ends(child, ending) for child in _demanded(schema))
-
-
-def _demanded(schema: Mapping[str, Any]) -> list[Any]:
-    """Schemas that some part of every text must meet, as far as is plain to see."""
-    found = list(schema.get("allOf", ()))
-    if schema.get("type") in ("object", ["object"]):
-        properties, required = schema.get("properties", {}), schema.get("required", ())
-        found += [properties[name] for name in required if name in properties]
-    count = schema.get("minItems", 0)
-    if schema.get("type") in ("array", ["array"]) and isinstance(count, int) and count > 0:
-        first = schema.get("prefixItems", [])
-        found += first[:count]
-        if count > len(first) and "items" in schema:
-            found.append(schema["items"])
-    return found
 
 
 def _shown(value: Any) -> str:
