@@ -249,6 +249,20 @@ def test_a_call_that_is_cut_off_says_so(tagged: LLM) -> None:
     run(test)
 
 
+def test_a_call_that_a_stop_string_cuts_off_is_none_to_be_made(tagged: LLM) -> None:
+    async def test() -> None:
+        async with serving(tagged) as (client, _):
+            for stop, reason in (('"x"', "stop"), ("</tool_call>", "tool_calls")):
+                body = message(tools=TOOLS[:1], tool_choice="required", max_tokens=1900, stop=stop)
+                (whole,) = (await client.post(CHAT, json=body)).json()["choices"]
+                assert whole["finish_reason"] == reason and whole["stop_reason"] == stop
+                assert len(whole["message"]["tool_calls"]) == 1
+                streamed = events_of((await client.post(CHAT, json={**body, "stream": True})).text)
+                assert streamed[-1]["choices"][0]["finish_reason"] == reason
+
+    run(test)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function"}, "tools": TOOLS}, "tool_choice"),

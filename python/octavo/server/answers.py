@@ -12,7 +12,15 @@ from octavo.server.reasoning import (
     Start,
     detect_reasoning,
 )
-from octavo.server.tools import TAGS, Arguments, ToolCall, ToolFormat, detect_format, make_parser
+from octavo.server.tools import (
+    TAGS,
+    Arguments,
+    ForcedParser,
+    ToolCall,
+    ToolFormat,
+    detect_format,
+    make_parser,
+)
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
@@ -55,11 +63,6 @@ class Reading:
     max_calls: int | None = None
     shows_reasoning: bool = True
 
-    def whole(self, text: str) -> list[Piece]:
-        """The pieces of a whole answer; all arguments of a call in one piece."""
-        parser = AnswerParser(self)
-        return [*parser.push(text), *parser.finish()]
-
 
 class AnswerParser:
     """Takes one answer apart as it comes."""
@@ -82,6 +85,12 @@ class AnswerParser:
         """What is left at the end."""
         pieces = self._take([] if self._thinking is None else self._thinking.finish())
         return pieces if self._calls is None else pieces + self._allowed(self._calls.finish())
+
+    @property
+    def ends_with_call(self) -> bool:
+        """Whether there are calls, the last of which nothing has cut off so far."""
+        is_cut = isinstance(self._calls, ForcedParser) and self._calls.is_inside
+        return self.num_calls > 0 and not is_cut
 
     def _take(self, parts: list[str | Reasoning]) -> list[Piece]:
         pieces: list[Piece] = []

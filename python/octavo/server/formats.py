@@ -180,7 +180,8 @@ class ChatFormat(Format):
         self, index: int, result: RequestOutput, output: CompletionOutput
     ) -> dict[str, Any]:
         texts, thoughts, calls = [], [], []
-        for piece in self._reading.whole(output.text):
+        parser = AnswerParser(self._reading)
+        for piece in [*parser.push(output.text), *parser.finish()]:
             if isinstance(piece, str):
                 texts.append(piece)
             elif isinstance(piece, Reasoning):
@@ -195,6 +196,7 @@ class ChatFormat(Format):
             message |= {"content": text or None, **_reasoning("".join(thoughts))}
         if calls:
             message |= {"content": text.strip() or None, "tool_calls": calls}
+        if parser.ends_with_call:
             finish_reason = _with_calls(finish_reason)
         content = {"message": message}
         return self._choice(index, content, output.logprobs, finish_reason, output.stop_reason)
@@ -215,7 +217,7 @@ class ChatFormat(Format):
         if finish_reason is not None:
             pieces += parser.finish()
         deltas = _deltas(pieces, parser.num_calls)
-        if parser.num_calls:
+        if parser.ends_with_call:
             finish_reason = _with_calls(finish_reason)
         if not deltas and not chunk.logprobs and finish_reason is None:
             return ""

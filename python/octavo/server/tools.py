@@ -170,6 +170,11 @@ class ForcedParser:
         self._depth = 0  # of the brackets of the arguments
         self._inside = self._in_string = self._is_escaped = False
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the arguments of the last call have not ended."""
+        return self._inside
+
     def push(self, text: str) -> list[Piece]:
         """What this text makes certain."""
         self._held += text
