@@ -109,6 +109,18 @@ def test_log_softmax_equals_the_reference(vocab: int) -> None:
             assert same_bits(actual, first), f"{isa} x {threads}"
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_log_probabilities_of_huge_logits(isa: str) -> None:
+    """A forced token's is 0, also where the vocabulary ends within a vector."""
+    logits = uniform(3, 4, 37)
+    logits[range(4), [0, 7, 20, 36]] = 1e9, 1e11, 1e30, np.finfo(np.float32).max
+    expected = sampling.log_softmax(logits)
+    assert (expected.max(axis=1) == 0).all()
+    native = _native_ops.Ops("cpu", 1, isa)
+    assert same_bits(native.log_softmax(logits), expected)
+    assert (native.sample(logits, sampling_rows(4, num_logprobs=0))[1] == 0).all()
+
+
 def test_temperature_zero_takes_the_first_of_the_largest() -> None:
     logits = np.array([[1, 3, 3, 2], [-5, -7, -5, -5], [0, 0, 0, 0]], dtype=np.float32)
     for isa in ISAS:

@@ -56,11 +56,11 @@ std::int64_t take_bin(std::int32_t* out, const float* x, float max_value, int bi
 }
 
 std::uint64_t exp_sum(const float* x, float max_value, std::int64_t count) {
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
   std::uint64_t lanes[16] = {};
   for_each_vec(count, [&](std::int64_t i, auto load_at, auto) {
     float lane[16];
-    // Missing numbers at the end are taken far below the maximum and add 0.
-    store(lane, exp_negative(sub(load_at(x + i, max_value - 1000.0f), splat(max_value))));
+    store(lane, exp_negative(sub(load_at(x + i, kLowest), splat(max_value))));
     for (int j = 0; j < 16; ++j) lanes[j] += fixed_point(lane[j]);
   });
   std::uint64_t total = 0;
