@@ -41,7 +41,31 @@ def usage_of(num_prompt: int, num_answer: int, num_cached: int | None = None) ->
 
 
 class Format(ABC):
-    """One of the two APIs. Choices are counted over all prompts and answers.
+    """One of the APIs. Choices are counted over all prompts and answers."""
+
+    @abstractmethod
+    def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+
+    @abstractmethod
+    def opening(self, num_choices: int, usage: str) -> str:
+        """Events before the first text; usage: as for `piece`."""
+
+    @abstractmethod
+    def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
+        """Events for one chunk, "" where it shows nothing; usage: "" or a JSON member."""
+
+    @abstractmethod
+    def closing(self, usage: dict[str, Any] | None) -> str:
+        """What ends a stream; usage: of the whole request, None where it is not to be written."""
+
+    @abstractmethod
+    def failed(self, error: ApiError) -> str:
+        """What ends a stream after an error."""
+
+
+class ChoicesFormat(Format):
+    """One of OpenAI's two older APIs, whose answers are `choices`.
 
     new_places: makes what log-probabilities need to know of one answer's tokens; None: they are
     not asked for. prompt_logprobs: how those of the prompt are written.
@@ -71,10 +95,6 @@ class Format(ABC):
     def opening(self, num_choices: int, usage: str) -> str:
         """Events before the first text; usage: as for `piece`."""
         return ""
-
-    @abstractmethod
-    def piece(self, choice: int, chunk: OutputChunk, usage: str) -> str:
-        """Events for one chunk, "" where it shows nothing; usage: "" or a JSON member."""
 
     def closing(self, usage: dict[str, Any] | None) -> str:
         """What ends a stream; usage: of the whole request, None where it is not to be written."""
@@ -119,7 +139,7 @@ class Format(ABC):
         return {"index": index, **content, "logprobs": found, **ends}
 
 
-class CompletionFormat(Format):
+class CompletionFormat(ChoicesFormat):
     """/v1/completions. echoes: for each choice the prompt's text to be shown before the answer."""
 
     object_name = chunk_name = "text_completion"
@@ -157,7 +177,7 @@ class CompletionFormat(Format):
         return legacy_logprobs(places, entries)
 
 
-class ChatFormat(Format):
+class ChatFormat(ChoicesFormat):
     """/v1/chat/completions. reading: how the answers are read."""
 
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"

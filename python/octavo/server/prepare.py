@@ -126,25 +126,30 @@ def chat_format(
     prompt: str | None,
 ) -> ChatFormat:
     """How the answers to a conversation are written. prompt: its text, where it is known."""
-    found = _looked_for(body, markup)
+    reading = reading_of(body, markup, prompt)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else model.engine.eos_token_ids)}
     places = partial(
         TokenPlaces,
         model.tokenizer,
         params.skip_special_tokens,
         continues=False,
-        kept=found.token_ids(model.tokenizer),
+        kept=reading.markup.token_ids(model.tokenizer),
         ends=() if params.include_stop_str_in_output else ends,
     )
-    reading = Reading(
+    shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs)
+    return ChatFormat(head, places, reading, shown)
+
+
+def reading_of(body: ChatBody, markup: Markup, prompt: str | None) -> Reading:
+    """How the answers to a conversation are read. prompt: its text, where it is known."""
+    found = _looked_for(body, markup)
+    return Reading(
         found,
         found.reasoning.start(prompt) if found.reasoning else "before",
         forced=found.tools is not None and forced_tools(body) is not None,
         max_calls=1 if body.parallel_tool_calls is False else None,
         shows_reasoning=body.include_reasoning is not False,
     )
-    shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs)
-    return ChatFormat(head, places, reading, shown)
 
 
 def completion_format(
