@@ -1,4 +1,4 @@
-"""Errors as HTTP has them: a status, and the JSON object that OpenAI's clients expect."""
+"""Errors as HTTP has them: a status, and the JSON object that the API's clients expect."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from octavo.errors import (
 
 if TYPE_CHECKING:
     from starlette.responses import Response
+    from starlette.types import Scope
 
 _TYPES = {
     401: "authentication_error",
@@ -30,6 +31,17 @@ _TYPES = {
     499: "client_closed_request",
     500: "internal_error",
     503: "unavailable_error",
+    504: "timeout_error",
+}
+# What Anthropic's API calls them.
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
     504: "timeout_error",
 }
 # The status and the code of octavo's errors, the first that fits.
@@ -84,11 +96,29 @@ class ApiError(Exception):
         }
         return json.dumps({"error": error})
 
-    def response(self) -> Response:
-        """The error as an answer."""
+    def as_messages_json(self, request_id: str | None) -> str:
+        """{"type": "error", …}, as Anthropic has it, where only the message can name a field."""
+        names_it = self.param is None or self.param in self.message
+        error = {
+            "type": _MESSAGES_TYPES.get(self.status, "invalid_request_error"),
+            "message": self.message if names_it else f"{self.param}: {self.message}",
+        }
+        return json.dumps({"type": "error", "error": error, "request_id": request_id})
+
+    def response(self, scope: Scope) -> Response:
+        """The error as an answer to the request of this scope, as that API has errors."""
         from starlette.responses import Response
 
-        return Response(self.as_json(), self.status, self.headers, "application/json")
+        if is_of_messages(scope["path"]):
+            content = self.as_messages_json(scope.get("state", {}).get("request_id"))
+        else:
+            content = self.as_json()
+        return Response(content, self.status, self.headers, "application/json")
+
+
+def is_of_messages(path: str) -> bool:
+    """Whether this is a route of Anthropic's Messages API."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.server.errors import ApiError, bad_request, to_api_error
+from octavo.server.errors import ApiError, bad_request, is_of_messages, to_api_error
 from octavo.server.logs import log_event
 from octavo.server.options import ServerOptions
 from octavo.server.response_writer import CLIENT_GONE
@@ -64,6 +64,8 @@ class RequestMiddleware:
                 status = message["status"]
                 marked = MutableHeaders(scope=message)
                 marked["X-Request-Id"] = request_id
+                if is_of_messages(scope["path"]):  # where Anthropic's clients look for it
+                    marked["Request-Id"] = request_id
                 if trace:
                     marked["traceparent"] = traceparent
             await send(message)
@@ -74,11 +76,11 @@ class RequestMiddleware:
             await self._app(scope, receive, send_marked)
         except ApiError as error:
             notes["error"] = error.message
-            await error.response()(scope, receive, send_marked)
+            await error.response(scope)(scope, receive, send_marked)
         except Exception as error:
             _log.exception("a request failed in a way that octavo did not foresee")
             if not status:
-                await to_api_error(error).response()(scope, receive, send_marked)
+                await to_api_error(error).response(scope)(scope, receive, send_marked)
         finally:
             # What the page and the probes ask for all the time is not worth a line each.
             quiet = _is_open(scope["path"]) or scope["path"] == "/engine"
@@ -101,14 +103,16 @@ class RequestMiddleware:
         if not self._keys or _is_open(path):
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
-        presented = given.strip().encode() if kind.lower() == "bearer" else b""
+        bearer = given.strip() if kind.lower() == "bearer" else ""
+        presented = [bearer.encode(), headers.get("x-api-key", "").strip().encode()]
         # Every key is compared, each in constant time.
-        matches = [hmac.compare_digest(presented, key) for key in self._keys]
+        matches = [hmac.compare_digest(one, key) for one in presented for key in self._keys]
         if not any(matches):
             raise ApiError(
                 401,
                 "the API key is missing or wrong; expected the header "
-                "'Authorization: Bearer KEY' with a key that this server was started with",
+                "'Authorization: Bearer KEY', or 'X-Api-Key: KEY', with a key that this server was "
+                "started with",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
