@@ -18,10 +18,12 @@ from octavo.engine.admission import part_id
 from octavo.errors import InvalidArgumentError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
-from octavo.server import prepare
+from octavo.server import messages, prepare
 from octavo.server.errors import ApiError, to_api_error, validation_error
 from octavo.server.fields import check_extra_fields
 from octavo.server.formats import Format, Head
+from octavo.server.message_format import MessageFormat
+from octavo.server.messages import CountTokensBody, MessagesBody
 from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.middleware import RequestMiddleware
 from octavo.server.pages import add_pages
@@ -81,7 +83,7 @@ def create_app(service: Service, lifespan: Lifespan[_App] | None = None) -> ASGI
     app = _App(
         title="octavo",
         version=octavo.__version__,
-        description="OpenAI's API, as vLLM speaks it.",
+        description="OpenAI's API, as vLLM speaks it, and Anthropic's Messages API.",
         docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
         lifespan=lifespan,
@@ -89,7 +91,7 @@ def create_app(service: Service, lifespan: Lifespan[_App] | None = None) -> ASGI
     # Of any other exception RequestMiddleware logs the traceback.
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
-    for add in (_add_generation, _add_models, _add_tokens, _add_probes, add_pages):
+    for add in (_add_generation, _add_messages, _add_models, _add_tokens, _add_probes, add_pages):
         add(app, service)
     whole: ASGIApp = RequestMiddleware(app, service.options)
     if service.options.allowed_origins:
@@ -120,7 +122,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             return prompt, prepare.sampling_params(model, body, prompt, defaults, markup)
 
         prompt, params = await asyncio.to_thread(read)
-        head = _head(service, request, "chatcmpl", body)
+        head = _head(service, request, "chatcmpl-", body)
         answer_format = prepare.chat_format(model, body, head, params, markup, prompt.text)
         return await _answer(service, request, body, [(prompt, params)], head, answer_format)
 
@@ -134,14 +136,45 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             return [(p, prepare.sampling_params(model, body, p, defaults)) for p in prompts]
 
         work = await asyncio.to_thread(read)
-        head = _head(service, request, "cmpl", body)
+        head = _head(service, request, "cmpl-", body)
         answer_format = prepare.completion_format(model, body, head, [prompt for prompt, _ in work])
         return await _answer(service, request, body, work, head, answer_format)
 
 
+def _add_messages(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/messages", responses=_STREAMED)
+    async def create_message(body: MessagesBody, request: Request) -> Response:
+        """Answer a conversation, by Anthropic's Messages API."""
+        model = service.model(body.model)
+        chat, begun = messages.to_chat(body)
+        markup = service.markup_of(chat)
+
+        def read() -> tuple[EncodedPrompt, SamplingParams]:
+            with messages.fields_as_sent(body):
+                prompt = messages.encode(model, chat, markup, begun)
+                defaults = service.options.defaults
+                return prompt, prepare.sampling_params(model, chat, prompt, defaults, markup)
+
+        prompt, params = await asyncio.to_thread(read)
+        head = _head(service, request, "msg_", body)
+        reading = messages.reading_of(chat, markup, prompt, begun)
+        state = request.state
+        answer_format = MessageFormat(head, reading, len(prompt.token_ids), state.request_id)
+        return await _answer(service, request, chat, [(prompt, params)], head, answer_format)
+
+    @app.post("/v1/messages/count_tokens", responses=_ERRORS)
+    async def count_message_tokens(body: CountTokensBody, request: Request) -> Response:
+        """The number of tokens in the prompt of a message."""
+        model = service.model(body.model)
+        chat, begun = messages.to_chat(body)
+        markup = service.markup_of(chat)
+        prompt = await asyncio.to_thread(messages.encode, model, chat, markup, begun)
+        return _warn(request, chat, JSONResponse({"input_tokens": len(prompt.token_ids)}))
+
+
 def _head(service: Service, request: Request, prefix: str, body: Body) -> Head:
     """The id is unique among those running, even where clients give several requests one id."""
-    response_id = f"{prefix}-{request.state.request_id}-{time.monotonic_ns() & 0xFFFFFF:06x}"
+    response_id = f"{prefix}{request.state.request_id}-{time.monotonic_ns() & 0xFFFFFF:06x}"
     name = service.adapter_of(body.model) or service.name
     return Head(response_id, int(time.time()), name)
 
@@ -302,4 +335,4 @@ async def _on_error(request: Request, error: Exception) -> Response:
     else:
         found = to_api_error(error)
     request.state.notes["error"] = found.for_log
-    return found.response()
+    return found.response(request.scope)
