@@ -257,8 +257,8 @@ def test_errors(client: openai.OpenAI) -> None:
         assert str(bad.value.param).startswith(name)
     with pytest.raises(openai.NotFoundError, match="/v1/embeddings"):
         client.embeddings.create(model=MODEL, input="hello")
-    with pytest.raises(openai.NotFoundError, match="/v1/responses"):
-        client.responses.create(model=MODEL, input="hello")
+    with pytest.raises(openai.NotFoundError, match="/v1/responses/resp_1"):
+        client.responses.retrieve("resp_1")  # nothing is stored
 
 
 LOADING = """

@@ -65,7 +65,10 @@ class Reading:
 
 
 class AnswerParser:
-    """Takes one answer apart as it comes."""
+    """Takes one answer apart as it comes.
+
+    num_calls: calls so far. has_thought: whether some of it was thinking, shown or not.
+    """
 
     def __init__(self, reading: Reading) -> None:
         markup = reading.markup
@@ -75,6 +78,7 @@ class AnswerParser:
             self._thinking = ReasoningParser(markup.reasoning, reading.start)
         self._calls = markup.tools and make_parser(markup.tools, forced=reading.forced)
         self.num_calls = 0
+        self.has_thought = False
         self._is_left_out = False  # the last call, and so its arguments
 
     def push(self, text: str) -> list[Piece]:
@@ -96,6 +100,7 @@ class AnswerParser:
         pieces: list[Piece] = []
         for part in parts:
             if isinstance(part, Reasoning):
+                self.has_thought = True
                 pieces += [part] if self._reading.shows_reasoning else []
             elif self._calls is not None:
                 pieces += self._allowed(self._calls.push(part))

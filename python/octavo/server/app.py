@@ -40,6 +40,7 @@ from octavo.server.protocol import (
     slips,
 )
 from octavo.server.response_writer import ResponseWriter
+from octavo.server.responses import add_responses
 from octavo.server.service import Service
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def create_app(service: Service, lifespan: Lifespan[_App] | None = None) -> ASGI
         app.add_exception_handler(kind, _on_error)
     for add in (_add_generation, _add_messages, _add_models, _add_tokens, _add_probes, add_pages):
         add(app, service)
+    add_responses(app, service, _head, _answer, _STREAMED)
     whole: ASGIApp = RequestMiddleware(app, service.options)
     if service.options.allowed_origins:
         from starlette.middleware.cors import CORSMiddleware
@@ -186,7 +188,9 @@ async def _answer(
     work: Sequence[tuple[EncodedPrompt, SamplingParams]],
     head: Head,
     answer_format: Format,
+    given: Body | None = None,
 ) -> Response:
+    """given: what the client sent, where `body` was made of it."""
     streams = []
     for index, one in enumerate(work):
         name = head.response_id if len(work) == 1 else part_id(head.response_id, index)
@@ -199,7 +203,7 @@ async def _answer(
         if error.status == 429 and service.metrics is not None:
             service.metrics.rejected("queue_full")
         raise
-    return _warn(request, body, response)
+    return _warn(request, given or body, response)
 
 
 def _warn(request: Request, body: Body, response: Response) -> Response:

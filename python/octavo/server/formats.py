@@ -18,6 +18,7 @@ from octavo.text.places import TokenPlaces
 
 DONE = "data: [DONE]\n\n"
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+NewPlaces = Callable[[], TokenPlaces]
 
 
 class Head(NamedTuple):
@@ -77,7 +78,7 @@ class ChoicesFormat(Format):
     def __init__(
         self,
         head: Head,
-        new_places: Callable[[], TokenPlaces] | None,
+        new_places: NewPlaces | None,
         prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
         self._head = head
@@ -147,7 +148,7 @@ class CompletionFormat(ChoicesFormat):
     def __init__(
         self,
         head: Head,
-        new_places: Callable[[], TokenPlaces] | None,
+        new_places: NewPlaces | None,
         echoes: Sequence[str] = (),
         prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
@@ -185,7 +186,7 @@ class ChatFormat(ChoicesFormat):
     def __init__(
         self,
         head: Head,
-        new_places: Callable[[], TokenPlaces] | None,
+        new_places: NewPlaces | None,
         reading: Reading | None = None,
         prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from inspect import signature
@@ -14,7 +14,7 @@ from octavo.sampling_params import SamplingParams
 from octavo.server.answers import Markup, Reading
 from octavo.server.beams import beam_params, check_beams
 from octavo.server.errors import bad_request, to_api_error
-from octavo.server.formats import ChatFormat, CompletionFormat, Head
+from octavo.server.formats import ChatFormat, CompletionFormat, Format, Head, NewPlaces
 from octavo.server.prompt_logprobs import PromptLogprobs
 from octavo.server.protocol import (
     ChatBody,
@@ -124,7 +124,8 @@ def chat_format(
     params: SamplingParams,
     markup: Markup,
     prompt: str | None,
-) -> ChatFormat:
+    make: Callable[[Head, NewPlaces, Reading, PromptLogprobs], Format] = ChatFormat,
+) -> Format:
     """How the answers to a conversation are written. prompt: its text, where it is known."""
     reading = reading_of(body, markup, prompt)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else model.engine.eos_token_ids)}
@@ -137,7 +138,7 @@ def chat_format(
         ends=() if params.include_stop_str_in_output else ends,
     )
     shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs)
-    return ChatFormat(head, places, reading, shown)
+    return make(head, places, reading, shown)
 
 
 def reading_of(body: ChatBody, markup: Markup, prompt: str | None) -> Reading:

@@ -44,6 +44,11 @@ class TokenPlaces:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._length = 0  # of the text so far, without a character that is not whole yet
 
+    @property
+    def length(self) -> int:
+        """How many characters of the text are whole so far."""
+        return self._length
+
     def data(self, token_id: int) -> bytes:
         """The bytes that the token would bring to the text here; none if it is hidden."""
         return b"" if token_id in self._hidden else self._data(token_id)
