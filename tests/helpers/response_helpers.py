@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
+from server_helpers import run, serving
+
+from octavo.llm import LLM
 
 RESPONSES = "/v1/responses"
 DELTAS = {
@@ -15,6 +19,19 @@ DELTAS = {
     "function_call": "response.function_call_arguments",
 }
 _EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+
+
+def ask_responses(llm: LLM, *bodies: dict[str, Any]) -> list[httpx.Response]:
+    """The answers to these bodies, one after another."""
+    found = []
+
+    async def session() -> None:
+        async with serving(llm) as (client, _):
+            for body in bodies:
+                found.append(await client.post(RESPONSES, json={"temperature": 0, **body}))
+
+    run(session)
+    return found
 
 
 def response_events(text: str) -> list[dict[str, Any]]:

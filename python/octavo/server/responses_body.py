@@ -51,7 +51,7 @@ _OWN_NAMES = {
     "reasoning_effort": "reasoning.effort",
 }
 _NAME = re.compile(rf"\b({'|'.join(_OWN_NAMES)})\b")
-_PLACE = re.compile(r"(messages|tools)\[(\d+)\](?:\.function)?")
+_PLACE = re.compile(r"(?:messages|tools)\[\d+\](?:\.tool_calls\[\d+\]|\.function)?")
 
 
 class TextOptions(BaseModel):
@@ -137,19 +137,17 @@ class _ChatOfResponse(ChatBody):
 class Translation:
     """The conversation that a body asks for.
 
-    messages, tools: for each of the conversation's, the body's field that it comes from.
+    places: parts of the conversation, as errors name them, and the body's fields that they are.
     """
 
     chat: ChatBody
-    messages: tuple[str, ...]
-    tools: tuple[str, ...]
+    places: dict[str, str]
 
     def in_own_words(self, error: ApiError) -> ApiError:
         """An error about the conversation, with the names of the body's own fields."""
 
         def place(found: re.Match[str]) -> str:
-            places = self.messages if found[1] == "messages" else self.tools
-            return places[int(found[2])] if int(found[2]) < len(places) else found[0]
+            return self.places.get(found[0], found[0])
 
         own = {**_OWN_NAMES, "messages": "input"}
         param = error.param and own.get(error.param, _PLACE.sub(place, error.param))
@@ -192,7 +190,8 @@ def translate(body: ResponsesBody) -> Translation:
         "stream_options": {"include_usage": True},  # the last event has it
     }
     chat = _ChatOfResponse.model_validate(fields)
-    return Translation(chat, tuple(talk.places), tuple(f"tools[{i}]" for i in functions))
+    tools = {f"tools[{i}].function": f"tools[{number}]" for i, number in enumerate(functions)}
+    return Translation(chat, {**talk.places, **tools})
 
 
 def _check_supported(body: ResponsesBody) -> None:

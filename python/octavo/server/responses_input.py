@@ -24,12 +24,13 @@ class Talk:
     beginning, the instructions among them, are put together, and a developer's is a system
     message. What a model has thought, said and called in one turn is one message.
 
-    messages: as a chat template has them. places: for each of them the field that it began with.
+    messages: as a chat template has them. places: for each of them, and for each call in them, the
+    field that it came from.
     """
 
     def __init__(self, instructions: str | None) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.places: list[str] = []
+        self.places: dict[str, str] = {}
         if instructions:
             self._add({"role": "system", "content": instructions}, "instructions")
 
@@ -53,8 +54,8 @@ class Talk:
         taker(item, place)
 
     def _add(self, message: dict[str, Any], place: str) -> None:
+        self.places[f"messages[{len(self.messages)}]"] = place
         self.messages.append(message)
-        self.places.append(place)
 
     def _take_message(self, item: Mapping[str, Any], place: str) -> None:
         role = item.get("role")
@@ -86,7 +87,9 @@ class Talk:
         )
         function = {"name": name, "arguments": arguments}
         call = {"id": call_id, "type": "function", "function": function}
-        self._turn(place).setdefault("tool_calls", []).append(call)
+        calls = self._turn(place).setdefault("tool_calls", [])
+        self.places[f"messages[{len(self.messages) - 1}].tool_calls[{len(calls)}]"] = place
+        calls.append(call)
 
     def _take_result(self, item: Mapping[str, Any], place: str) -> None:
         call_id = _string(item, "call_id", place)
