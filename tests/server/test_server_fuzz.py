@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from response_helpers import response_events, told
 from server_helpers import events_of, run, serving, tiny_llm
 
 from octavo.server.service import Service
@@ -50,6 +51,7 @@ SAMPLING: dict[str, Any] = {
     "skip_special_tokens": True,
     "user": "u",
 }
+OF_CHATS = ("n", "max_tokens", "response_format")
 BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/completions": [
         {**SAMPLING, "prompt": "ABC", "logprobs": 2},
@@ -83,6 +85,26 @@ BODIES: dict[str, list[dict[str, Any]]] = {
             "chat_template_kwargs": {"date": "today"},
         },
         {"messages": [{"role": "user", "content": "U"}], "max_completion_tokens": 4},
+    ],
+    "/v1/responses": [
+        {
+            **{name: SAMPLING[name] for name in SAMPLING if name not in OF_CHATS},
+            "instructions": "S",
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "U"}]},
+                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "R"}]},
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "T"},
+            ],
+            "max_output_tokens": 5,
+            "include": ["message.output_text.logprobs"],
+            "top_logprobs": 2,
+            "tools": [{"type": "function", "name": "f", "parameters": {}}],
+            "tool_choice": "auto",
+            "text": {"format": {"type": "text"}, "verbosity": "medium"},
+            "metadata": {"a": "b"},
+        },
+        {"input": "U", "max_output_tokens": 4},
     ],
     "/tokenize": [
         {"prompt": "ABC", "return_token_strs": True},
@@ -124,7 +146,9 @@ def mutate(body: Any, rng: random.Random) -> Any:
     if kind < 0.15:
         del node[key]
     elif kind < 0.25 and isinstance(node, dict):
-        node[rng.choice(["", "é", "prompt", "messages", "n", "echo", "guided_json"])] = strange
+        node[rng.choice(["", "é", "prompt", "messages", "n", "echo", "input", "guided_json"])] = (
+            strange
+        )
     elif kind < 0.35 and isinstance(node, list):
         node.insert(rng.randrange(len(node) + 1), strange)
     elif kind < 0.45:
@@ -159,7 +183,10 @@ def check(response: httpx.Response, content: bytes) -> None:
         error = response.json()["error"]
         assert set(error) == {"message", "type", "param", "code"} and error["message"], content
     elif response.headers["content-type"].startswith("text/event-stream"):
-        assert all("error" not in event for event in events_of(response.text)), content
+        if response.text.startswith("event: response.created"):
+            told(response_events(response.text))
+        else:
+            assert all("error" not in event for event in events_of(response.text)), content
     else:
         response.json()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from octavo.sampling_params import MAX_LOGPROBS
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fields import check_extra_fields
+from octavo.server.formats import to_json
 from octavo.server.protocol import ChatBody, Objects, SamplingBody
 from octavo.server.responses_input import Talk
 
@@ -90,7 +92,7 @@ class ResponsesBody(SamplingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     truncation: str | None = None
     store: bool | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -101,11 +103,11 @@ class ResponsesBody(SamplingBody):
     documents: Objects | None = None
 
     def echo(self) -> dict[str, Any]:
-        """The fields of a response that repeat what was asked for."""
+        """The fields of a response that repeat what was asked for, as UTF-8 can write it."""
         text = self.text or TextOptions()
         reasoning = self.reasoning or ReasoningOptions()
         choice, parallel = self.tool_choice, self.parallel_tool_calls
-        return {
+        found = {
             "background": False,
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
@@ -125,6 +127,8 @@ class ResponsesBody(SamplingBody):
             "truncation": "disabled",
             "user": self.user,
         }
+        data = to_json(found).encode(errors="replace")
+        return dict(json.loads(data, parse_constant=lambda _: None))
 
 
 class _ChatOfResponse(ChatBody):
@@ -234,15 +238,17 @@ def _response_format(body: ResponsesBody) -> dict[str, Any] | None:
     kind = given.get("type")
     if kind in ("text", "json_object"):
         return {"type": kind}
-    schema = given.get("schema")
-    if kind != "json_schema" or not isinstance(schema, (dict, bool)):
-        found = f"of type {kind!r}" if kind != "json_schema" else "without a schema"
+    name, schema = given.get("name"), given.get("schema")
+    if kind != "json_schema" or not isinstance(schema, dict) or not isinstance(name, str):
+        found = f"of type {kind!r}"
+        if kind == "json_schema":
+            found = "without a name" if isinstance(schema, dict) else "without a schema"
         raise bad_request(
             f"text.format is {found}; expected {{'type': 'text'}}, {{'type': 'json_object'}} or "
             "{'type': 'json_schema', 'name': …, 'schema': {…}}",
             "text.format",
         )
-    inner = {"name": given.get("name"), "schema": schema, "strict": given.get("strict")}
+    inner = {"name": name, "schema": schema, "strict": given.get("strict")}
     return {"type": "json_schema", "json_schema": inner}
 
 
@@ -289,6 +295,10 @@ def _function(tool: dict[str, Any], number: int) -> dict[str, Any]:
             f'{place} has no name; expected {{"type": "function", "name": …, "parameters": …}}',
             f"{place}.name",
         )
-    given = ("name", "description", "parameters", "strict")
-    function = {name: tool[name] for name in given if tool.get(name) is not None}
+    kinds = {"name": str, "description": str, "parameters": dict, "strict": bool}
+    function = {name: tool[name] for name in kinds if tool.get(name) is not None}
+    for name, value in function.items():
+        if not isinstance(value, kinds[name]):
+            wrong = f"{place}.{name} is of type {type(value).__name__}"
+            raise bad_request(f"{wrong}; expected {kinds[name].__name__}", f"{place}.{name}")
     return {"type": "function", "function": function}

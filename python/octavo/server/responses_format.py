@@ -14,7 +14,7 @@ from octavo.server.answers import AnswerParser, Piece, Reading
 from octavo.server.errors import ApiError
 from octavo.server.formats import ChatFormat, Head, NewPlaces, to_json
 from octavo.server.prompt_logprobs import PromptLogprobs
-from octavo.server.reasoning import Reasoning
+from octavo.server.reasoning import Reasoning, ReasoningTags
 from octavo.server.tools import Arguments, ToolCall
 
 Kind = Literal["message", "reasoning", "function_call"]
@@ -224,8 +224,7 @@ class ResponsesFormat(ChatFormat):
         events = self._show([*pieces, *self._parser.finish()])
         is_answered = any(item.kind != "reasoning" for item in self._items)
         if not is_answered and (self._space or self._status == "completed"):
-            text = self._space
-            events += self._begin("message") + self._grow(text)
+            events += self._speak(self._space)
         if self._open is not None and self._open.kind == "message":
             events += self._grow("")  # the tokens that have no text
         if self._parser.has_thought and self._thinking_end is not None:
@@ -257,8 +256,11 @@ class ResponsesFormat(ChatFormat):
         self._space += text
         if not self._space.strip():
             return ""
-        text = self._space
-        self._unplaced = _tokens_of(text, self._unplaced)
+        return self._speak(self._space)
+
+    def _speak(self, text: str) -> str:
+        """Events for a message that begins with this text."""
+        self._unplaced = _tokens_of(text, self._unplaced, self._reading.markup.reasoning)
         return self._begin("message") + self._grow(text)
 
     def _begin(self, kind: Kind, call: ToolCall | None = None) -> str:
@@ -320,10 +322,18 @@ class ResponsesFormat(ChatFormat):
         return {**place, **fields}
 
 
-def _tokens_of(text: str, tokens: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last of these tokens, as many as this text needs: before them are tags and space."""
-    need, begin = len(text.encode()), len(tokens)
-    while need > 0 and begin > 0:
-        begin -= 1
-        need -= len(tokens[begin]["bytes"])
-    return list(tokens[begin:])
+def _tokens_of(
+    text: str, tokens: Sequence[dict[str, Any]], tags: ReasoningTags | None
+) -> list[dict[str, Any]]:
+    """Those of these tokens that a message begins with, and what follows.
+
+    text: its first. Before it the end of the thinking may stand, and space.
+    """
+    data = b"".join(bytes(token["bytes"]) for token in tokens)
+    _, found, rest = data.partition(tags.end.encode()) if tags else (b"", b"", b"")
+    place = data.find(text.encode(), len(data) - len(rest) if found else 0)
+    for index, token in enumerate(tokens):
+        if place < max(1, len(token["bytes"])):
+            return list(tokens[index:])
+        place -= len(token["bytes"])
+    return []
