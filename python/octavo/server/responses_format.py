@@ -160,6 +160,7 @@ class ResponsesFormat(ChatFormat):
         self, status: str, usage: dict[str, Any] | None = None, error: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         response_id, created, model = self._head
+        is_cut = status == "incomplete"
         return {
             "id": response_id,
             "object": "response",
@@ -167,9 +168,7 @@ class ResponsesFormat(ChatFormat):
             "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "error": error,
-            "incomplete_details": {"reason": "max_output_tokens"}
-            if status == "incomplete"
-            else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "model": model,
             "output": [item.as_json() for item in self._items],
             "usage": usage and self._usage(usage),
