@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -40,7 +41,8 @@ from octavo.server.protocol import (
     slips,
 )
 from octavo.server.response_writer import ResponseWriter
-from octavo.server.responses import add_responses
+from octavo.server.responses_body import ResponsesBody, translate
+from octavo.server.responses_format import ResponsesFormat
 from octavo.server.service import Service
 
 if TYPE_CHECKING:
@@ -92,9 +94,9 @@ def create_app(service: Service, lifespan: Lifespan[_App] | None = None) -> ASGI
     # Of any other exception RequestMiddleware logs the traceback.
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
-    for add in (_add_generation, _add_messages, _add_models, _add_tokens, _add_probes, add_pages):
+    generating = (_add_generation, _add_responses, _add_messages)
+    for add in (*generating, _add_models, _add_tokens, _add_probes, add_pages):
         add(app, service)
-    add_responses(app, service, _head, _answer, _STREAMED)
     whole: ASGIApp = RequestMiddleware(app, service.options)
     if service.options.allowed_origins:
         from starlette.middleware.cors import CORSMiddleware
@@ -141,6 +143,39 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         head = _head(service, request, "cmpl-", body)
         answer_format = prepare.completion_format(model, body, head, [prompt for prompt, _ in work])
         return await _answer(service, request, body, work, head, answer_format)
+
+
+def _add_responses(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/responses", responses=_STREAMED)
+    async def create_response(body: ResponsesBody, request: Request) -> Response:
+        """Answer a text, or items of a conversation, as items."""
+        model = service.model(body.model)
+        translation = translate(body)
+        chat = translation.chat
+
+        def read() -> tuple[EncodedPrompt, SamplingParams]:
+            prompt, defaults = prepare.encode_chat(model, chat, markup), service.options.defaults
+            return prompt, prepare.sampling_params(model, chat, prompt, defaults, markup)
+
+        try:
+            markup = service.markup_of(chat)
+            prompt, params = await asyncio.to_thread(read)
+            head = _head(service, request, "resp_", body)
+            tags, tokenizer = markup.reasoning, model.tokenizer
+            make = partial(
+                ResponsesFormat,
+                echo={**body.echo(), "temperature": params.temperature, "top_p": params.top_p},
+                thinking_end=tokenizer.token_id(tags.end) if tags and tokenizer else None,
+                in_own_words=translation.in_own_words,
+            )
+            answer_format = prepare.chat_format(
+                model, chat, head, params, markup, prompt.text, make
+            )
+            return await _answer(
+                service, request, chat, [(prompt, params)], head, answer_format, given=body
+            )
+        except ApiError as error:
+            raise translation.in_own_words(error) from error
 
 
 def _add_messages(app: FastAPI, service: Service) -> None:
