@@ -16,7 +16,8 @@ from server_helpers import error_of, events_of, run, serving
 
 from octavo.grammar import compiler
 from octavo.llm import LLM
-from octavo.server.tools import Arguments, ForcedParser, ToolCall
+from octavo.server.tool_calls import Arguments, ToolCall
+from octavo.server.tool_parsers import ForcedParser
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install llguidance")
 

@@ -104,8 +104,11 @@ class Formats:
     tool_call_parser: Annotated[
         str,
         _formats(
-            "How the model writes calls of tools. auto: as its chat template says.",
-            metavar="auto|hermes|llama3_json|none",
+            "How the model writes calls of tools. auto: as its chat template says. none: calls are "
+            "not looked for. NAME: hermes, llama3_json, mistral, pythonic, olmo3, qwen3_coder, "
+            "granite, phi4_mini_json, deepseek_v3, deepseek_v31, or another of vLLM's names for "
+            "one of these.",
+            metavar="auto|none|NAME",
         ),
     ] = "auto"
     reasoning_parser: Annotated[

@@ -12,15 +12,8 @@ from octavo.server.reasoning import (
     Start,
     detect_reasoning,
 )
-from octavo.server.tools import (
-    TAGS,
-    Arguments,
-    ForcedParser,
-    ToolCall,
-    ToolFormat,
-    detect_format,
-    make_parser,
-)
+from octavo.server.tool_calls import Arguments, ToolCall
+from octavo.server.tools import TAGS, ToolFormat, Tools, detect_format, make_parser
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
@@ -54,7 +47,7 @@ class Reading:
 
     markup: what is looked for. start: where an answer begins. forced: it is calls and nothing else,
     but for the thinking before them. max_calls: further ones are left out. shows_reasoning: the
-    thinking is given, too.
+    thinking is given, too. tools: those of the request, whose schemas say what arguments are.
     """
 
     markup: Markup = field(default_factory=Markup)
@@ -62,6 +55,7 @@ class Reading:
     forced: bool = False
     max_calls: int | None = None
     shows_reasoning: bool = True
+    tools: Tools = ()
 
 
 class AnswerParser:
@@ -76,7 +70,9 @@ class AnswerParser:
         self._thinking = None
         if markup.reasoning is not None:
             self._thinking = ReasoningParser(markup.reasoning, reading.start)
-        self._calls = markup.tools and make_parser(markup.tools, forced=reading.forced)
+        self._calls = markup.tools and make_parser(
+            markup.tools, forced=reading.forced, tools=reading.tools
+        )
         self.num_calls = 0
         self.has_thought = False
         self._is_left_out = False  # the last call, and so its arguments
@@ -93,8 +89,7 @@ class AnswerParser:
     @property
     def ends_with_call(self) -> bool:
         """Whether there are calls, the last of which nothing has cut off so far."""
-        is_cut = isinstance(self._calls, ForcedParser) and self._calls.is_inside
-        return self.num_calls > 0 and not is_cut
+        return self.num_calls > 0 and self._calls is not None and not self._calls.is_inside
 
     def _take(self, parts: list[str | Reasoning]) -> list[Piece]:
         pieces: list[Piece] = []

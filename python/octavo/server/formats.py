@@ -13,7 +13,7 @@ from octavo.server.answers import AnswerParser, Piece, Reading
 from octavo.server.errors import ApiError
 from octavo.server.prompt_logprobs import PromptLogprobs, legacy_logprobs, unique_names
 from octavo.server.reasoning import Reasoning
-from octavo.server.tools import Arguments, ToolCall
+from octavo.server.tool_calls import Arguments, ToolCall
 from octavo.text.places import TokenPlaces
 
 DONE = "data: [DONE]\n\n"

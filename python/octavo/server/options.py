@@ -8,15 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
 from octavo.errors import InvalidArgumentError
 from octavo.server.answers import Markup
 from octavo.server.reasoning import REASONING
-from octavo.server.tools import ToolFormat
+from octavo.server.tools import PARSERS, format_of
 
 _RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-TOOL_PARSERS = ("auto", "hermes", "llama3_json", "none")
+TOOL_PARSERS = ("auto", "none", *PARSERS)
 REASONING_PARSERS = ("auto", "none", *REASONING)
 LOG_FORMATS = ("auto", "json", "text")
 
@@ -105,7 +104,8 @@ class ServerOptions:
     def markup(self, detected: Markup) -> Markup:
         """How a model writes what is no plain text. detected: what its chat template teaches."""
         if self.tool_parser != "auto":
-            tools = None if self.tool_parser == "none" else cast("ToolFormat", self.tool_parser)
+            parser = self.tool_parser
+            tools = None if parser == "none" else format_of(parser, detected.tools)
             detected = replace(detected, tools=tools)
         if self.reasoning_parser != "auto":
             detected = replace(detected, reasoning=REASONING.get(self.reasoning_parser))

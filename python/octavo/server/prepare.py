@@ -150,6 +150,7 @@ def reading_of(body: ChatBody, markup: Markup, prompt: str | None) -> Reading:
         forced=found.tools is not None and forced_tools(body) is not None,
         max_calls=1 if body.parallel_tool_calls is False else None,
         shows_reasoning=body.include_reasoning is not False,
+        tools=body.tools or (),
     )
 
 

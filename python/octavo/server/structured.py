@@ -12,11 +12,14 @@ from octavo.grammar.tag_formats import newer_form
 from octavo.server.errors import ApiError, bad_request, field_of
 from octavo.server.protocol import ChatBody, SamplingBody
 from octavo.server.reasoning import ReasoningTags
-from octavo.server.tools import ToolFormat, arguments_key, tags_of
+from octavo.server.tool_xml_grammar import tag_of_call
+from octavo.server.tools import ToolFormat, Writing, writing_of
 from octavo.structured_outputs import StructuredOutputs
 
 # An error about the parameters of a tool; see `calls_of_tools`.
-_OF_TOOL = re.compile(r"structural_tag\.format\.tags\[(\d+)\]\.content: (.*)", re.DOTALL)
+_OF_TOOL = re.compile(
+    r"structural_tag\.format\.elements\[1\]\.tags\[(\d+)\]\.content[^:]*: (.*)", re.DOTALL
+)
 # vLLM's older spelling.
 _GUIDED = {
     "guided_json": "json",
@@ -156,26 +159,38 @@ def calls_of_tools(
     One call; several where any tool will do and the body does not forbid it. Raises an ApiError
     that names the tool whose parameters are no schema.
     """
-    open_tag, close_tag = tags_of(tool_format)
-    tags = []
-    for number in numbers:
-        function = (body.tools or [])[number]["function"]
-        head = f'{{"name": {json.dumps(function["name"])}, "{arguments_key(tool_format)}": '
-        content = {
-            "type": "json_schema",
-            "json_schema": _parameters(function, number),
-            "strict": function.get("strict") is True,
-        }
-        begin, end = (f"{open_tag}\n{head}", f"}}\n{close_tag}") if open_tag else (head, "}")
-        tags.append({"type": "tag", "begin": begin, "content": content, "end": end})
+    writing = writing_of(tool_format)
+    functions = [(body.tools or [])[number]["function"] for number in numbers]
+    parameters = [_parameters(f, number) for f, number in zip(functions, numbers, strict=True)]
+    tags: list[dict[str, Any] | None] = [None]
+    if tool_format == "qwen3_coder":
+        tags = [tag_of_call(*each) for each in zip(functions, parameters, strict=True)]
+    if None in tags:
+        tags = [_tag(writing, *each) for each in zip(functions, parameters, strict=True)]
     calls = {
         "type": "tags_with_separator",
         "tags": tags,
-        "separator": "\n" if open_tag else "; ",
+        "separator": writing.separator,
         "at_least_one": True,
         "stop_after_first": body.tool_choice != "required" or body.parallel_tool_calls is False,
     }
-    return StructuredOutputs(structural_tag={"format": calls}, disable_additional_properties=True)
+    begins = [{"type": "const_string", "value": text} for text in writing.begins]
+    frame = [{"type": "or", "elements": begins}, calls]
+    frame.append({"type": "const_string", "value": writing.end})
+    whole = {"format": {"type": "sequence", "elements": frame}}
+    return StructuredOutputs(structural_tag=whole, disable_additional_properties=True)
+
+
+def _tag(writing: Writing, function: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """One call, whose arguments are JSON."""
+    name = json.dumps(function["name"]) if writing.is_quoted else function["name"]
+    content = {
+        "type": "json_schema",
+        "json_schema": parameters,
+        "strict": function.get("strict") is True,
+    }
+    begin = f"{writing.before}{name}{writing.between}"
+    return {"type": "tag", "begin": begin, "content": content, "end": writing.after}
 
 
 def _parameters(function: dict[str, Any], number: int) -> dict[str, Any]:

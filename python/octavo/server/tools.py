@@ -1,279 +1,192 @@
-"""Calls of tools found in an answer, for the ways of writing them that models were trained on.
+"""The ways in which models write calls of tools: how a template is told, what reads an answer.
 
-Hermes and Qwen: <tool_call>{"name": …, "arguments": {…}}</tool_call>, anywhere in the text.
-Llama 3: {"name": …, "parameters": {…}}, several being separated by ";", as the whole answer or
-behind <|python_tag|>.
+Their names are those of vLLM's parsers. What each looks like stands at its parser.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from octavo.server.reasoning import overlap
+from octavo.server.tool_calls import Arguments, Piece, ToolCall, short_id
+from octavo.server.tool_parsers import (
+    DeepSeekParser,
+    ForcedParser,
+    GraniteParser,
+    HermesParser,
+    Llama3Parser,
+    MistralParser,
+    Olmo3Parser,
+    Phi4MiniParser,
+    PythonicParser,
+    ToolParser,
+    Tools,
+)
+from octavo.server.tool_xml import ForcedXmlParser, Qwen3CoderParser
 
-ToolFormat = Literal["hermes", "llama3_json"]
-# What a parser looks for; in some vocabularies these are special tokens.
-_PYTHON = "<|python_tag|>"
-TAGS = {"hermes": ("<tool_call>", "</tool_call>"), "llama3_json": (_PYTHON,)}
+__all__ = ["Arguments", "Piece", "ToolCall", "ToolParser", "Tools"]
+
+ToolFormat = Literal[
+    "hermes",
+    "llama3_json",
+    "mistral",
+    "mistral_args",
+    "pythonic",
+    "olmo3",
+    "qwen3_coder",
+    "granite",
+    "phi4_mini_json",
+    "phi4_mini_tags",
+    "deepseek_v3",
+    "deepseek_v31",
+]
 
 
 @dataclass(frozen=True)
-class ToolCall:
-    """A call: the function's name, and its arguments as JSON text."""
+class Writing:
+    """How calls are written that must come, and calls of earlier turns.
 
-    name: str
-    arguments: str
-    call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+    begins: what may stand before the first, of which the model takes one. before, between, after:
+    what stands around the name and the arguments of each. separator: between two calls. end: what
+    stands behind the last. is_quoted: the name is written as JSON.
+    """
 
-    def as_json(self) -> dict[str, Any]:
-        """As OpenAI's API has it."""
-        function = {"name": self.name, "arguments": self.arguments}
-        return {"id": self.call_id, "type": "function", "function": function}
+    before: str = '{"name": '
+    between: str = ', "arguments": '
+    after: str = "}"
+    separator: str = ", "
+    begins: tuple[str, ...] = ("",)
+    end: str = ""
+    is_quoted: bool = True
+
+    @property
+    def head(self) -> re.Pattern[str]:
+        """What stands before the arguments of a call; its first group is the name."""
+        name = r'("(?:[^"\\]|\\.)*")' if self.is_quoted else r"(.+?)"
+        return re.compile(re.escape(self.before) + name + re.escape(self.between))
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """More of the arguments of the last call."""
+class _Way:
+    """tags: what the parser looks for; in some vocabularies these are special tokens."""
 
-    text: str
+    parser: type[ToolParser]
+    tags: tuple[str, ...]
+    writing: Writing = field(default_factory=Writing)
 
 
-Piece = str | ToolCall | Arguments  # of an answer without its thinking
+_TAGGED = Writing('<tool_call>\n{"name": ', after="}\n</tool_call>", separator="\n")
+_BARE = Writing(between=', "parameters": ', separator="; ")
+_SEP = "<｜tool▁sep｜>"
+_DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", _SEP)
+_DEEPSEEK_TAGS = (*_DEEPSEEK, "<｜tool▁call▁end｜>")
+_DEEPSEEK_V3 = Writing(
+    f"<｜tool▁call▁begin｜>function{_SEP}",
+    "\n```json\n",
+    "\n```<｜tool▁call▁end｜>",
+    "\n",
+    _DEEPSEEK[:1],
+    _DEEPSEEK[1],
+    is_quoted=False,
+)
+_DEEPSEEK_V31 = Writing(
+    "<｜tool▁call▁begin｜>",
+    _SEP,
+    "<｜tool▁call▁end｜>",
+    "",
+    _DEEPSEEK[:1],
+    _DEEPSEEK[1],
+    is_quoted=False,
+)
+_MISTRAL_TAGS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+_PHI_TAGS = ("<|tool_call|>", "<|/tool_call|>")
+_WAYS: dict[ToolFormat, _Way] = {
+    "hermes": _Way(HermesParser, ("<tool_call>", "</tool_call>"), _TAGGED),
+    "llama3_json": _Way(Llama3Parser, Llama3Parser.marks, _BARE),
+    "mistral": _Way(
+        MistralParser, _MISTRAL_TAGS, Writing(begins=("[TOOL_CALLS][", "[TOOL_CALLS] ["), end="]")
+    ),
+    "mistral_args": _Way(
+        MistralParser, _MISTRAL_TAGS, Writing("[TOOL_CALLS]", "[ARGS]", "", "", is_quoted=False)
+    ),
+    # Literals of Python cannot be said by the grammar of a schema: such calls are written as JSON.
+    "pythonic": _Way(PythonicParser, (*PythonicParser.marks, "<|python_end|>"), _BARE),
+    "olmo3": _Way(Olmo3Parser, ("<function_calls>", "</function_calls>"), _BARE),
+    # Where the schema of a tool can be said in tags, `structured` writes them.
+    "qwen3_coder": _Way(Qwen3CoderParser, ("<tool_call>", "</tool_call>"), _TAGGED),
+    "granite": _Way(
+        GraniteParser, GraniteParser.opens, Writing(begins=("<|tool_call|>[",), end="]")
+    ),
+    "phi4_mini_json": _Way(Phi4MiniParser, _PHI_TAGS, Writing(begins=("functools[",), end="]")),
+    "phi4_mini_tags": _Way(
+        Phi4MiniParser, _PHI_TAGS, Writing(begins=("<|tool_call|>[",), end="]<|/tool_call|>")
+    ),
+    "deepseek_v3": _Way(DeepSeekParser, _DEEPSEEK_TAGS, _DEEPSEEK_V3),
+    "deepseek_v31": _Way(DeepSeekParser, _DEEPSEEK_TAGS, _DEEPSEEK_V31),
+}
+TAGS = {name: way.tags for name, way in _WAYS.items()}
+# vLLM's names of parsers, and what each of them reads.
+PARSERS: dict[str, tuple[ToolFormat, ...]] = {
+    "hermes": ("hermes",),
+    "llama3_json": ("llama3_json",),
+    "llama4_json": ("llama3_json",),
+    "mistral": ("mistral", "mistral_args"),
+    "pythonic": ("pythonic",),
+    "llama4_pythonic": ("pythonic",),
+    "olmo3": ("olmo3",),
+    "qwen3_coder": ("qwen3_coder",),
+    "qwen3_xml": ("qwen3_coder",),
+    "granite": ("granite",),
+    "granite4": ("hermes",),
+    "phi4_mini_json": ("phi4_mini_json", "phi4_mini_tags"),
+    "deepseek_v3": ("deepseek_v3",),
+    "deepseek_v31": ("deepseek_v31",),
+}
 
 
 def detect_format(template: str) -> ToolFormat | None:
     """The format that a chat template teaches; None where it has no tools, or unknown ones."""
-    if "tools" not in template:
+
+    def has(*parts: str) -> bool:
+        return all(part in template for part in parts)
+
+    rules: list[tuple[bool, ToolFormat]] = [
+        (has("[TOOL_CALLS]", "[ARGS]"), "mistral_args"),
+        (has("[TOOL_CALLS]"), "mistral"),
+        (has(_DEEPSEEK[0], "```json"), "deepseek_v3"),
+        (has(_DEEPSEEK[0]), "deepseek_v31"),
+        (has("<tool_call>", "<function=", "<parameter="), "qwen3_coder"),
+        (has("<function_calls>"), "olmo3"),
+        (has("functools["), "phi4_mini_json"),
+        (has("<|/tool_call|>") or has("<|tool|>", "<|/tool|>"), "phi4_mini_tags"),
+        (has("<|tool_call|>"), "granite"),
+        (has("<tool_call>") and not (has("<arg_key>") or has("<invoke")), "hermes"),
+        (re.search(r"\[\w+\(\w+=", template) is not None, "pythonic"),
+        (has('"parameters"') and (has("<|python_tag|>") or has("ipython")), "llama3_json"),
+    ]
+    if not re.search(r"(?<![a-z])tools\b", template):  # not functools alone
         return None
-    if "<tool_call>" in template:
-        return "hermes"
-    if '"parameters"' in template and ("<|python_tag|>" in template or "ipython" in template):
-        return "llama3_json"
-    return None
+    return next((name for is_so, name in rules if is_so), None)
 
 
-def tags_of(tool_format: ToolFormat) -> tuple[str, str]:
-    """What stands before and behind a call where one must come; "" for nothing."""
-    tags = TAGS[tool_format]
-    return (tags[0], tags[-1]) if len(tags) == 2 else ("", "")
+def format_of(parser: str, detected: ToolFormat | None) -> ToolFormat:
+    """The format for one of `PARSERS`: the detected one, if that parser reads it."""
+    formats = PARSERS[parser]
+    return detected if detected in formats else formats[0]
 
 
-def arguments_key(tool_format: ToolFormat) -> str:
-    """What the arguments are called in a call."""
-    return "arguments" if tool_format == "hermes" else "parameters"
+def writing_of(tool_format: ToolFormat) -> Writing:
+    """How calls in this format are written."""
+    return _WAYS[tool_format].writing
 
 
-class HermesParser:
-    """Cuts <tool_call>…</tool_call> out of the text.
-
-    What might be the beginning of a tag is held back. Of a call that is no JSON the text is shown
-    as it is: nothing the model says is lost.
-    """
-
-    _OPEN, _CLOSE = TAGS["hermes"]
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._inside = False
-        self._behind_call = False
-        self._space = ""  # behind a call, held back until it is known what follows
-
-    def push(self, text: str) -> list[Piece]:
-        """What this text makes certain."""
-        self._held += text
-        pieces: list[Piece] = []
-        while True:
-            tag = self._CLOSE if self._inside else self._OPEN
-            before, found, rest = self._held.partition(tag)
-            if not found:
-                break
-            self._held = rest
-            pieces += self._calls(before, closed=True) if self._inside else self._show(before)
-            self._inside = not self._inside
-        if not self._inside:
-            cut = len(self._held) - overlap(self._held, self._OPEN)
-            shown, self._held = self._held[:cut], self._held[cut:]
-            pieces += self._show(shown)
-        return pieces
-
-    def finish(self) -> list[Piece]:
-        """What is left at the end; a last call may lack its closing tag."""
-        held, self._held = self._held, ""
-        return self._calls(held, closed=False) if self._inside else self._show(held)
-
-    def _show(self, text: str) -> list[Piece]:
-        text, self._space = self._space + text, ""
-        if self._behind_call and not text.strip():  # between two calls it is no answer
-            self._space = text
-            return []
-        self._behind_call = False
-        return [text] if text else []
-
-    def _calls(self, text: str, *, closed: bool) -> list[Piece]:
-        whole = text.strip(" \t\n\r")
-        call, end = _read_call(whole)
-        if call is None or end < len(whole):
-            return [f"{self._OPEN}{text}{self._CLOSE if closed else ''}"]
-        self._behind_call, self._space = True, ""
-        return [call]
-
-
-class Llama3Parser:
-    """An answer that begins with "{" may be a call, so it is held back to its end.
-
-    So is what follows <|python_tag|>, wherever it stands.
-    """
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._is_text = False  # something of the answer has been shown
-        self._may_be_call = False
-
-    def push(self, text: str) -> list[Piece]:
-        """What this text makes certain."""
-        self._held += text
-        if self._may_be_call:
-            return []
-        begin = self._held.find(_PYTHON)
-        if not self._is_text and self._held.lstrip().startswith("{"):
-            begin = 0
-        self._may_be_call = begin >= 0
-        cut = begin if self._may_be_call else len(self._held) - overlap(self._held, _PYTHON)
-        shown = self._held[:cut]
-        if not self._is_text and not shown.strip():  # space that may part nothing from a call
-            return []
-        self._is_text, self._held = True, self._held[cut:]
-        return [shown] if shown else []
-
-    def finish(self) -> list[Piece]:
-        """The calls, if what was held back is calls; else the text."""
-        held, self._held = self._held, ""
-        calls = _read_calls(held) if self._may_be_call else []
-        return calls or ([held] if held else [])
-
-
-class ForcedParser:
-    """Reads an answer that is calls and nothing else, and gives their arguments as they come.
-
-    The answer follows `octavo.server.structured.calls_of_tools`, so what stands before the
-    arguments is known to the last space.
-    """
-
-    _HEAD = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "(?:arguments|parameters)": ')
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._depth = 0  # of the brackets of the arguments
-        self._inside = self._in_string = self._is_escaped = False
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether the arguments of the last call have not ended."""
-        return self._inside
-
-    def push(self, text: str) -> list[Piece]:
-        """What this text makes certain."""
-        self._held += text
-        pieces: list[Piece] = []
-        while True:
-            if not self._inside:
-                head = self._HEAD.search(self._held)
-                if head is None:
-                    return pieces
-                pieces.append(ToolCall(json.loads(head[1]), ""))
-                self._held, self._inside = self._held[head.end() :], True
-            end = self._end_of_arguments(self._held)
-            taken = self._held[:end]
-            self._held = self._held[len(taken) :]
-            if taken:
-                pieces.append(Arguments(taken))
-            if end is None:
-                return pieces
-            self._inside = False
-
-    def finish(self) -> list[Piece]:
-        """Nothing: the arguments of a call that was cut off have been given."""
-        return []
-
-    def _end_of_arguments(self, text: str) -> int | None:
-        """Where the object ends, whose beginning has been seen; None: not in this text."""
-        for index, character in enumerate(text):
-            if self._is_escaped:
-                self._is_escaped = False
-            elif self._in_string:
-                self._is_escaped = character == "\\"
-                self._in_string = character != '"'
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    return index + 1
-        return None
-
-
-ToolParser = HermesParser | Llama3Parser | ForcedParser
-
-
-def make_parser(tool_format: ToolFormat, *, forced: bool = False) -> ToolParser:
-    """A parser for one answer; forced: it can be nothing but calls."""
-    if forced:
-        return ForcedParser()
-    return HermesParser() if tool_format == "hermes" else Llama3Parser()
-
-
-def _read_calls(text: str) -> list[Piece]:
-    """The calls that `text` consists of; none if some of it is no call."""
-    calls: list[Piece] = []
-    text = text.strip().removeprefix(_PYTHON).lstrip()
-    while text:
-        call, end = _read_call(text, is_bare=True)
-        if call is None:
-            return []
-        calls.append(call)
-        text = text[end:].lstrip().removeprefix(";").lstrip().removeprefix(_PYTHON).lstrip()
-    return calls
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
-
-
-def _read_call(text: str, *, is_bare: bool = False) -> tuple[ToolCall | None, int]:
-    """The call that `text` begins with, and where it ends.
-
-    is_bare: no tags say that it is a call; an object with a name and no arguments, but something
-    else, is none.
-    """
-    try:
-        content, end = _DECODER.raw_decode(text)
-        if not isinstance(content, dict) or not isinstance(content.get("name"), str):
-            return None, 0
-        key = next((key for key in ("arguments", "parameters") if key in content), None)
-        if is_bare and key is None and content.keys() - {"name", "type", "id"}:
-            return None, 0
-        content["name"].encode()
-        arguments = _argument_text({} if key is None else content[key])
-    except (ValueError, RecursionError):
-        return None, 0
-    return ToolCall(content["name"], arguments), end
-
-
-def _argument_text(arguments: Any) -> str:
-    """Arguments as JSON text, which they may be already; half a surrogate pair stays escaped."""
-    text = arguments if isinstance(arguments, str) else None
-    try:
-        _DECODER.decode(text or "")
-    except ValueError:
-        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    return _HALF_PAIR.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+def make_parser(tool_format: ToolFormat, *, forced: bool = False, tools: Tools = ()) -> ToolParser:
+    """A parser for one answer; forced: it can be nothing but calls. tools: those of the request."""
+    way = _WAYS[tool_format]
+    if not forced:
+        return way.parser(tools)
+    if tool_format == "qwen3_coder":
+        return ForcedXmlParser(tools)
+    is_short = way.parser is MistralParser
+    return ForcedParser(way.writing.head, short_id if is_short else None)

@@ -1,0 +1,377 @@
+"""Parsers that find the calls of tools in an answer, whole or cut anywhere, one class a format.
+
+What might be the beginning of a call is held back. What turns out to be none is shown as it is:
+nothing the model says is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from octavo.server.reasoning import overlap
+from octavo.server.tool_calls import (
+    Arguments,
+    Piece,
+    Quotes,
+    ToolCall,
+    read_json,
+    read_json_calls,
+    read_python_calls,
+    short_id,
+)
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+class ToolParser(ABC):
+    """Takes one answer apart as it comes. tools: those of the request, for what needs a schema."""
+
+    def __init__(self, tools: Tools = ()) -> None:
+        self._tools = tools
+        self._held = ""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a call has been given whose arguments have not ended."""
+        return False
+
+    @abstractmethod
+    def push(self, text: str) -> list[Piece]:
+        """What this text makes certain."""
+
+    @abstractmethod
+    def finish(self) -> list[Piece]:
+        """What is left at the end."""
+
+
+class MarkedParser(ToolParser):
+    """Calls stand behind one of `opens`, anywhere in the text.
+
+    They end at `close`, or at the end of the answer if that comes first. A format without `close`
+    has its calls up to the next of `opens`, and what follows them there is text. A mark within a
+    string is none.
+    """
+
+    opens: ClassVar[tuple[str, ...]]
+    close: ClassVar[str] = ""
+    quotes: ClassVar[str] = '"'
+
+    def __init__(self, tools: Tools = ()) -> None:
+        super().__init__(tools)
+        self._open = ""  # the mark behind which `_held` stands
+        self._searched = 0  # of what is held no end is before this
+        self._quotes, self._num_read = Quotes(self.quotes), 0
+        self._is_behind_call = False
+        self._space = ""  # behind a call, held back until it is known what follows
+
+    @abstractmethod
+    def read(self, mark: str, text: str) -> tuple[list[ToolCall], str]:
+        """The calls in what stands behind this mark, and the text that follows them."""
+
+    def push(self, text: str) -> list[Piece]:
+        self._held += text
+        pieces: list[Piece] = []
+        while True:
+            if not self._open:
+                at, mark = self._find(self.opens, 0)
+                if at < 0:
+                    break
+                pieces += self._show(self._held[:at])
+                self._begin(mark, self._held[at + len(mark) :])
+            end = self._end()
+            if end < 0:
+                return pieces
+            pieces += self._take(end)
+        cut = len(self._held) - max(overlap(self._held, mark) for mark in self.opens)
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return pieces + self._show(shown)
+
+    def finish(self) -> list[Piece]:
+        mark, held = self._open, self._held
+        self._begin("", "")
+        if not mark:
+            return self._show(held)
+        end = len(held) - (overlap(held, self.close) if self.close else 0)
+        return self._found(*self.read(mark, held[:end]), mark + held)
+
+    def is_within(self, text: str) -> bool:
+        """Whether a call does not end behind this text; it only grows from time to time."""
+        more, self._num_read = text[self._num_read :], len(text)
+        return self._quotes.read(more)
+
+    def _begin(self, mark: str, held: str) -> None:
+        self._open, self._held, self._searched = mark, held, 0
+        self._quotes, self._num_read = Quotes(self.quotes), 0
+
+    def _find(self, marks: Sequence[str], begin: int) -> tuple[int, str]:
+        """The first of these marks in what is held; -1 if there is none."""
+        found = [(self._held.find(mark, begin), mark) for mark in marks]
+        return min((each for each in found if each[0] >= 0), default=(-1, ""))
+
+    def _end(self) -> int:
+        """Where what stands behind the mark ends; -1 while that is not known."""
+        marks = (self.close,) if self.close else self.opens
+        while True:
+            at, mark = self._find(marks, self._searched)
+            if at < 0:
+                longest = max(map(len, marks))
+                self._searched = max(self._searched, len(self._held) - longest + 1)
+                return -1
+            if not self.is_within(self._held[:at]):
+                return at
+            self._searched = at + len(mark)
+
+    def _take(self, end: int) -> list[Piece]:
+        mark, inner = self._open, self._held[:end]
+        self._begin("", self._held[end + len(self.close) :])
+        calls, rest = self.read(mark, inner)
+        return self._found(calls, rest, mark + inner + self.close)
+
+    def _found(self, calls: list[ToolCall], rest: str, whole: str) -> list[Piece]:
+        if not calls:
+            return self._show(whole)
+        self._is_behind_call, self._space = True, ""
+        return [*calls, *self._show(rest)]
+
+    def _show(self, text: str) -> list[Piece]:
+        text, self._space = self._space + text, ""
+        if self._is_behind_call and not text.strip():  # between two calls it is no answer
+            self._space = text
+            return []
+        self._is_behind_call = False
+        return [text] if text else []
+
+
+class HermesParser(MarkedParser):
+    """Hermes, Qwen, Granite 4, SmolLM3: <tool_call>{"name": …, "arguments": …}</tool_call>."""
+
+    opens, close = ("<tool_call>",), "</tool_call>"
+
+    def read(self, mark: str, text: str) -> tuple[list[ToolCall], str]:
+        return _all_calls(*read_json_calls(text))
+
+
+class GraniteParser(MarkedParser):
+    """Granite 3: <|tool_call|>[{"name": …, "arguments": …}, …], or behind <tool_call>."""
+
+    opens = ("<|tool_call|>", "<tool_call>")
+
+    def read(self, mark: str, text: str) -> tuple[list[ToolCall], str]:
+        return read_json_calls(text)
+
+
+class Phi4MiniParser(MarkedParser):
+    """Phi-4-mini: functools[{"name": …, "arguments": …}, …], or <|tool_call|>[…]<|/tool_call|>."""
+
+    opens = ("<|tool_call|>", "functools[")
+    _CLOSE = "<|/tool_call|>"
+
+    def read(self, mark: str, text: str) -> tuple[list[ToolCall], str]:
+        calls, rest = read_json_calls("[" + text if mark == "functools[" else text)
+        following = rest.lstrip()
+        if self._CLOSE.startswith(following.rstrip()):  # all of it, or cut off
+            return calls, ""
+        is_closed = following.startswith(self._CLOSE)
+        return calls, following.removeprefix(self._CLOSE) if is_closed else rest
+
+
+class MistralParser(MarkedParser):
+    """Mistral: [TOOL_CALLS][{"name": …, "arguments": …}, …], later [TOOL_CALLS]name[ARGS]{…}.
+
+    A call's id may come behind [CALL_ID]. The ids that are given are such as templates demand.
+    """
+
+    opens = ("[TOOL_CALLS]",)
+    _HEAD = re.compile(
+        r'\s*(?:([^\s\[\]{}"][^\[\]{}"\n]*)(?:\[CALL_ID\][^\[\]{}]*)?\[ARGS\]|([\w.-]+))\s*(?=\{)'
+    )
+
+    def read(self, mark: str, text: str) -> tuple[list[ToolCall], str]:
+        head = self._HEAD.match(text)
+        if head is None:
+            calls, rest = read_json_calls(text)
+            return [replace(call, call_id=short_id()) for call in calls], rest
+        try:
+            _, end = read_json(text, head.end())
+        except ValueError:
+            return [], text
+        name = (head[1] or head[2]).strip()
+        return [ToolCall(name, text[head.end() : end], short_id())], text[end:]
+
+
+class DeepSeekParser(MarkedParser):
+    """DeepSeek: in a frame, calls of which each has its own marks.
+
+    V3 and R1 write function<｜tool▁sep｜>name and the arguments in a block of Markdown, V3.1
+    name<｜tool▁sep｜>{…}.
+    """
+
+    opens, close = ("<｜tool▁calls▁begin｜>",), "<｜tool▁calls▁end｜>"
+    _HEAD = re.compile(
+        r"\s*<｜tool▁call▁begin｜>(?:[^<\n]*<｜tool▁sep｜>([^<\n]+)\n```json\s*|([^<\n]+)<｜tool▁sep｜>\s*)"
+    )
+    _TAIL = re.compile(r"\s*(?:```)?\s*(?:<｜tool▁call▁end｜>)?")
+
+    def read(self, mark: str, text: str) -> tuple[list[ToolCall], str]:
+        calls: list[ToolCall] = []
+        at = 0
+        while head := self._HEAD.match(text, at):
+            try:
+                _, end = read_json(text, head.end())
+            except ValueError:
+                break
+            calls.append(ToolCall((head[1] or head[2]).strip(), text[head.end() : end]))
+            tail = self._TAIL.match(text, end)
+            at = tail.end() if tail else end
+        return _all_calls(calls, text[at:])
+
+
+class Olmo3Parser(MarkedParser):
+    """OLMo 3: <function_calls>f(a=1), a line each</function_calls>."""
+
+    opens, close, quotes = ("<function_calls>",), "</function_calls>", "\"'"
+
+    def read(self, mark: str, text: str) -> tuple[list[ToolCall], str]:
+        return read_python_calls(text), ""
+
+
+def _all_calls(calls: list[ToolCall], rest: str) -> tuple[list[ToolCall], str]:
+    """None, where anything but calls stands between two marks."""
+    return ([], rest) if rest.strip() else (calls, "")
+
+
+class LeadingParser(ToolParser):
+    """An answer that begins as calls do may be calls, so it is held back to its end.
+
+    So is what follows one of the marks, wherever that stands.
+    """
+
+    marks: ClassVar[tuple[str, ...]]
+    begins: ClassVar[re.Pattern[str]]  # an answer that may be calls
+    may_begin: ClassVar[re.Pattern[str]]  # what is too short to tell
+
+    def __init__(self, tools: Tools = ()) -> None:
+        super().__init__(tools)
+        self._is_text = False  # something of the answer has been shown
+        self._may_be_call = False
+
+    @abstractmethod
+    def read(self, text: str) -> list[ToolCall]:
+        """The calls that all of the text is; none if some of it is no call."""
+
+    def push(self, text: str) -> list[Piece]:
+        self._held += text
+        if self._may_be_call or (not self._is_text and self.may_begin.fullmatch(self._held)):
+            return []
+        found = [at for at in map(self._held.find, self.marks) if at >= 0]
+        if not self._is_text and self.begins.match(self._held):
+            found = [0]
+        self._may_be_call = bool(found)
+        cut = len(self._held) - max(overlap(self._held, mark) for mark in self.marks)
+        cut = min(found, default=cut)
+        shown = self._held[:cut]
+        if not self._is_text and not shown.strip():  # space that may part nothing from a call
+            return []
+        self._is_text, self._held = True, self._held[cut:]
+        return [shown] if shown else []
+
+    def finish(self) -> list[Piece]:
+        held, self._held = self._held, ""
+        calls = self.read(held) if self._may_be_call else []
+        return [*calls] or ([held] if held else [])
+
+
+class Llama3Parser(LeadingParser):
+    """Llama 3: {"name": …, "parameters": …}, several being separated by ";"."""
+
+    marks = ("<|python_tag|>",)
+    begins, may_begin = re.compile(r"\s*\{"), re.compile(r"\s*")
+
+    def read(self, text: str) -> list[ToolCall]:
+        calls, rest = read_json_calls(text, is_bare=True)
+        return _all_calls(calls, rest.strip().removeprefix(";"))[0]
+
+
+class PythonicParser(LeadingParser):
+    """Llama 3.2 and 4, Gemma 3 by vLLM's templates: [f(a=1, b="x"), g()]."""
+
+    marks = ("<|python_start|>", "<|python_tag|>")
+    begins = re.compile(r"\s*\[\s*[A-Za-z_][\w.]*\s*\(")
+    may_begin = re.compile(r"\s*(?:\[\s*(?:[A-Za-z_][\w.]*\s*)?)?")
+    _MARKS = re.compile(r"\A\s*<\|python_(?:start|tag)\|>|<\|python_end\|>\s*\Z")
+
+    def read(self, text: str) -> list[ToolCall]:
+        return read_python_calls(self._MARKS.sub("", text))
+
+
+class ForcedParser(ToolParser):
+    """Reads an answer that is calls and nothing else, and gives their arguments as they come.
+
+    The answer follows `octavo.server.structured.calls_of_tools`, so what stands before the
+    arguments is known to the last space. head: that, with the name as its first group, which is
+    JSON if it is quoted. new_id: makes the ids of the calls; None: as always.
+    """
+
+    JSON_HEAD = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "(?:arguments|parameters)": ')
+
+    def __init__(
+        self, head: re.Pattern[str] = JSON_HEAD, new_id: Callable[[], str] | None = None
+    ) -> None:
+        super().__init__()
+        self._head, self._new_id = head, new_id
+        self._depth = 0  # of the brackets of the arguments
+        self._inside = self._in_string = self._is_escaped = False
+
+    @property
+    def is_inside(self) -> bool:
+        return self._inside
+
+    def push(self, text: str) -> list[Piece]:
+        self._held += text
+        pieces: list[Piece] = []
+        while True:
+            if not self._inside:
+                head = self._head.search(self._held)
+                if head is None:
+                    return pieces
+                pieces.append(self._call(head[1]))
+                self._held, self._inside = self._held[head.end() :], True
+            end = self._end_of_arguments(self._held)
+            taken = self._held[:end]
+            self._held = self._held[len(taken) :]
+            if taken:
+                pieces.append(Arguments(taken))
+            if end is None:
+                return pieces
+            self._inside = False
+
+    def finish(self) -> list[Piece]:
+        """Nothing: the arguments of a call that was cut off have been given."""
+        return []
+
+    def _call(self, name: str) -> ToolCall:
+        call = ToolCall(json.loads(name) if name.startswith('"') else name, "")
+        return call if self._new_id is None else replace(call, call_id=self._new_id())
+
+    def _end_of_arguments(self, text: str) -> int | None:
+        """Where the object ends, whose beginning has been seen; None: not in this text."""
+        for index, character in enumerate(text):
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._in_string:
+                self._is_escaped = character == "\\"
+                self._in_string = character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    return index + 1
+        return None

@@ -1,0 +1,189 @@
+"""Calls of tools as Qwen3-Coder writes them, a tag a parameter, whose values have no quotes.
+
+<tool_call>
+<function=name>
+<parameter=key>
+value
+</parameter>
+</function>
+</tool_call>
+
+What a value is, the tool's schema says: of a string it is the text, of all else JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from octavo.server.tool_calls import Arguments, Piece, PythonReader, ToolCall, read_json, to_json
+from octavo.server.tool_parsers import ForcedParser, MarkedParser, ToolParser, Tools
+
+Schema = Mapping[str, Any]
+
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
+_PARAMETER = re.compile(
+    r"\s*<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*(?:<parameter=[^>\n]+>|</function>))",
+    re.DOTALL,
+)
+_END = re.compile(r"\s*</function>")
+_NAMES = ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array"))
+
+
+class Qwen3CoderParser(MarkedParser):
+    """Qwen3-Coder; <tool_call> may be missing, as it is in many of its answers."""
+
+    opens, close = ("<tool_call>", "<function="), "</tool_call>"
+
+    def read(self, mark: str, text: str) -> tuple[list[ToolCall], str]:
+        calls = []
+        text, at = ("" if mark == "<tool_call>" else mark) + text, 0
+        while head := _FUNCTION.match(text, at):
+            schemas, found, at = schemas_of(self._tools, head[1]), dict[str, Any](), head.end()
+            while parameter := _PARAMETER.match(text, at):
+                key, value, at = parameter[1], parameter[2], parameter.end()
+                found[key] = typed(value.removeprefix("\n").removesuffix("\n"), schemas.get(key))
+            end = _END.match(text, at)
+            if end is None:
+                return [], ""
+            at = end.end()
+            calls.append(ToolCall(head[1], to_json(found)))
+        return ([], "") if text[at:].strip() else (calls, "")
+
+    def is_within(self, text: str) -> bool:
+        return "<parameter=" in text and not text[-100:].rstrip().endswith("</function>")
+
+
+class ForcedXmlParser(ToolParser):
+    """Reads an answer that is calls and nothing else, and gives each parameter as it is complete.
+
+    Where the schema of a tool cannot be said in tags, the answer has JSON within <tool_call>.
+    """
+
+    _START = re.compile(r"<tool_call>\s*(?:(\{)|<function=([^>\n]+)>\n)")
+    _NEXT = re.compile(r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>\n|(</function>)", re.DOTALL)
+
+    def __init__(self, tools: Tools = ()) -> None:
+        super().__init__(tools)
+        self._json: ForcedParser | None = None
+        self._schemas: Mapping[str, Schema] | None = None  # of the call that is being read
+        self._begin = "{"  # of the next parameter
+
+    @property
+    def is_inside(self) -> bool:
+        return self._schemas is not None if self._json is None else self._json.is_inside
+
+    def push(self, text: str) -> list[Piece]:
+        if self._json is not None:
+            return self._json.push(text)
+        self._held += text
+        pieces: list[Piece] = []
+        while True:
+            if self._schemas is None:
+                start = self._START.search(self._held)
+                if start is None:
+                    return pieces
+                if start[1]:
+                    self._json = ForcedParser()
+                    return pieces + self._json.push(self._held)
+                pieces.append(ToolCall(start[2], ""))
+                self._schemas, self._begin = schemas_of(self._tools, start[2]), "{"
+                self._held = self._held[start.end() :]
+            is_whole = "</parameter>\n" in self._held or "</function>" in self._held
+            found = self._NEXT.match(self._held) if is_whole else None
+            if found is None:
+                return pieces
+            self._held = self._held[found.end() :]
+            if found[3]:
+                pieces.append(Arguments("{}" if self._begin == "{" else "}"))
+                self._schemas = None
+                continue
+            value = to_json(typed(found[2], self._schemas.get(found[1])))
+            pieces.append(Arguments(f"{self._begin}{json.dumps(found[1])}: {value}"))
+            self._begin = ", "
+
+    def finish(self) -> list[Piece]:
+        """Nothing: the parameters of a call that was cut off have been given."""
+        return []
+
+
+def schemas_of(tools: Tools, name: str) -> dict[str, Schema]:
+    """The schemas of the parameters of a function, each with the definitions it may refer to."""
+    functions = (tool.get("function") for tool in tools)
+    found = next((f for f in functions if isinstance(f, Mapping) and f.get("name") == name), {})
+    schema = found.get("parameters")
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    if not isinstance(schema, Mapping) or not isinstance(properties, Mapping):
+        return {}
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    return {
+        key: {**shared, **each} for key, each in properties.items() if isinstance(each, Mapping)
+    }
+
+
+def typed(value: str, schema: Schema | None) -> Any:
+    """What a text is by its schema: the text itself, unless another type is allowed and fits."""
+    types = types_of(schema)
+    if types <= {"string"}:
+        return value
+    for read in (_as_json, _as_python):
+        try:
+            found = read(value.strip())
+            to_json(found)
+        except ValueError:
+            continue
+        if _types_of_value(found) & types and not isinstance(found, str):
+            return found
+    return value
+
+
+def _as_json(text: str) -> Any:
+    found, end = read_json(text)
+    if end < len(text):
+        raise ValueError("more than a value")
+    return found
+
+
+def _as_python(text: str) -> Any:
+    """As templates write what is no string: True, None, 1.5."""
+    return PythonReader(text).literal()
+
+
+def types_of(schema: Schema | None) -> set[str]:
+    """The types that a schema names; none if it does not say."""
+    return _types(schema, schema or {}, 0)
+
+
+def _types(schema: Any, root: Schema, depth: int) -> set[str]:
+    if not isinstance(schema, Mapping) or depth > 16:
+        return set()
+    given = schema.get("type")
+    if isinstance(given, str):
+        return {given}
+    if isinstance(given, list):
+        return {each for each in given if isinstance(each, str)}
+    if isinstance(schema.get("enum"), list):
+        return set().union(*map(_types_of_value, schema["enum"]))
+    if "const" in schema:
+        return _types_of_value(schema["const"])
+    found: set[str] = set()
+    for key in ("anyOf", "oneOf", "allOf"):
+        for each in schema[key] if isinstance(schema.get(key), list) else ():
+            found |= _types(each, root, depth + 1)
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        target: Any = root
+        for part in reference[2:].split("/"):
+            target = target.get(part) if isinstance(target, Mapping) else None
+        found |= _types(target, root, depth + 1)
+    return found
+
+
+def _types_of_value(value: Any) -> set[str]:
+    if value is None:
+        return {"null"}
+    name = next((name for kind, name in _NAMES if isinstance(value, kind)), "object")
+    name = "integer" if isinstance(value, float) and value.is_integer() else name
+    return {"integer", "number"} if name == "integer" else {name}
