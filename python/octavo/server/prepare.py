@@ -33,6 +33,7 @@ from octavo.server.structured import (
     structured_field,
     structured_outputs,
 )
+from octavo.server.tool_messages import fit_conversation
 from octavo.structured_outputs import StructuredOutputs
 from octavo.text.chat import ChatTemplate
 from octavo.text.places import TokenPlaces
@@ -72,12 +73,16 @@ def encode_chat(model: LoadedModel, body: ChatFields, markup: Markup) -> Encoded
     variables: dict[str, Any] = {**extra, "documents": body.documents}
     if body.reasoning_effort is not None:  # for templates that read it; others have no use for it
         variables["reasoning_effort"] = body.reasoning_effort
+    messages = [_message(message) for message in body.messages]
     if body.tools:
         _check_tools(body.tools, markup)
-        variables["tools"] = body.tools
+    if markup.tools is not None:
+        source = _template_source(model, body)
+        messages, more = fit_conversation(messages, body.tools or (), source, markup.tools)
+        variables = {**more, **variables}
     try:
         prompt = model.encode_chat(
-            [_message(message) for message in body.messages],
+            messages,
             chat_template=body.chat_template,
             add_special_tokens=body.add_special_tokens,
             add_generation_prompt=body.add_generation_prompt,
@@ -94,6 +99,14 @@ def _message(message: Message) -> dict[str, Any]:
     found = message.model_dump(exclude_unset=True)
     thought = found.get("reasoning") or found.get("reasoning_content")
     return found | {"reasoning": thought, "reasoning_content": thought} if thought else found
+
+
+def _template_source(model: LoadedModel, body: ChatFields) -> str:
+    """The chat template that writes the prompt."""
+    if body.chat_template is not None or model.chat_template is None:
+        return body.chat_template or ""
+    template = model.chat_template
+    return template.source_with_tools if body.tools else template.source
 
 
 def _template_arguments(model: LoadedModel) -> set[str]:
