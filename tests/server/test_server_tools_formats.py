@@ -47,10 +47,13 @@ def test_calls_come_back_however_the_text_is_cut(
 
 
 @pytest.mark.parametrize("tool_format", FORMATS)
-@given(st.lists(st.sampled_from(SCRAPS), max_size=14).map("".join), PLACES)
+@given(data=st.data(), places=PLACES)
 def test_any_text_is_read_the_same_however_it_is_cut(
-    tool_format: ToolFormat, text: str, places: list[int]
+    tool_format: ToolFormat, data: st.DataObject, places: list[int]
 ) -> None:
+    calls_of_it = [write([("f", {})]) for name, write in WRITERS if name == tool_format]
+    scraps = st.sampled_from(SCRAPS) | st.sampled_from([*calls_of_it, " ", "\n", "ok"])
+    text = data.draw(st.lists(scraps, max_size=14).map("".join))
     shown, calls = read(tool_format, [text])
     for pieces in (list(text), cut(text, places)):
         assert read(tool_format, pieces) == (shown, calls)
@@ -128,6 +131,7 @@ CASES: list[tuple[ToolFormat, str, str, list[Call]]] = [
         None,
     ),  # type: ignore[list-item]
     ("hermes", '<tool_call>{"name": "f"}</tool_', "", [("f", {})]),
+    ("hermes", '<tool_call>{"name": "f"}</tool_call>\n ok \n', "\n ok \n", [("f", {})]),
     ("hermes", '<tool_call>{"name": "f"} so</tool_call> ok', None, []),  # type: ignore[list-item]
     ("qwen3_coder", "<tool_call>\n<function=f>\n", "<tool_call>\n<function=f>\n", []),
     ("qwen3_coder", "<tool_call>\n<function=f>\n</function>\n", "", [("f", {})]),
