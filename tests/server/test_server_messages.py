@@ -28,6 +28,8 @@ from server_helpers import RawClient, fake_llm, serving, slow_down
 from server_helpers import run as run_test
 
 from octavo.llm import LLM
+from octavo.server import messages
+from octavo.server.answers import Markup
 from octavo.text.chat import ChatTemplate
 
 CALL = '<tool_call>{"name": "add", "arguments": {"a": %s}}</tool_call>'
@@ -331,6 +333,16 @@ def test_an_answer_that_has_begun(hello: LLM) -> None:
         again = [*USER, {"role": "assistant", "content": nothing}]
         (response,) = ask(hello, {"messages": again})
         assert message_of(response)["content"][0]["text"] == "Hello there!"
+
+
+def test_a_space_may_come_first_in_an_answer_that_has_begun(hello: LLM) -> None:
+    """Behind a chat template some tokenizers' first space is none of the answer's."""
+    body = {"messages": [*USER, {"role": "assistant", "content": "Go"}], "max_tokens": 1}
+    chat, begun = messages.to_chat(messages.MessagesBody(**body))
+    assert (begun, len(chat.messages)) == ("Go", 1)
+    prompt = messages.encode(hello, chat, Markup(), begun)
+    assert not prompt.is_chat and str(prompt.text).endswith("<go>Go")
+    assert messages.encode(hello, chat, Markup(), "").is_chat
 
 
 def test_an_answer_that_has_begun_is_behind_the_thinking(tmp_path: Path) -> None:

@@ -112,9 +112,7 @@ class Blocks:
                 shown = text.rstrip()
                 self._space = text[len(shown) :]
                 events += self._text(shown) if shown else []
-                continue
-            self._space = ""
-            if isinstance(piece, Reasoning):
+            elif isinstance(piece, Reasoning):
                 if self._kind != "thinking":
                     events += self._start({"type": "thinking", "thinking": "", "signature": ""})
                 events.append(self._delta("thinking_delta", "thinking", piece.text))
