@@ -97,7 +97,7 @@ learn: $(TEST_VENV)/.installed ## Measure the experiments of docs/learn and the 
 
 # Apart from the other tests, whose versions of packages these clients would change.
 .PHONY: test-clients
-test-clients: $(CLIENTS_VENV)/.installed ## The server with other people's clients: openai, litellm, langchain …
+test-clients: $(CLIENTS_VENV)/.installed ## The server with other people's clients: openai, anthropic, litellm …
 	$(CLIENTS_VENV)/bin/octavo pull smollm2-135m
 	$(CLIENTS_VENV)/bin/python -m pytest tests/clients --timeout=300 $(ARGS)
 
