@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,8 @@ CASES: list[tuple[Reading, str, list[dict[str, Any]]]] = [
     (LLAMA, '{"name": "f", "para', [text('{"name": "f", "para')]),
     (FORCED, CALL, [call(INPUT)]),
     (FORCED, f"{CALL}\n{CALL}", [call(INPUT), call(INPUT)]),
+    (replace(HERMES, forced=True), f"<think>hm</think>\n{CALL}", [thought("hm"), call(INPUT)]),
+    (replace(HERMES, start="inside"), "hm</think>yes", [thought("hm"), text("yes")]),
 ]
 CASES[6][2].append(text("and \n"))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import message_helpers
 import pytest
 from response_helpers import response_events, told
 from server_helpers import events_of, run, serving, tiny_llm
@@ -52,6 +53,7 @@ SAMPLING: dict[str, Any] = {
     "user": "u",
 }
 OF_CHATS = ("n", "max_tokens", "response_format")
+USER = [{"role": "user", "content": "U"}]
 BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/completions": [
         {**SAMPLING, "prompt": "ABC", "logprobs": 2},
@@ -111,6 +113,28 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {"messages": [{"role": "user", "content": "U"}], "add_generation_prompt": False},
     ],
     "/detokenize": [{"tokens": [1, 2, 3]}],
+    "/v1/messages": [
+        {
+            **{"max_tokens": 3, "stream": True, "top_k": 5, "metadata": {"user_id": "u"}},
+            **{"stop_sequences": ["x"], "thinking": {"type": "enabled", "budget_tokens": 9}},
+            **{"system": [{"type": "text", "text": "S"}], "output_config": {"effort": "low"}},
+            "messages": [
+                {"role": "user", "content": "U"},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "T", "signature": ""},
+                        {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}},
+                    ],
+                },
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c"}]},
+            ],
+            "tools": [{"name": "f", "description": "F", "input_schema": {"type": "object"}}],
+            "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+        },
+        {"max_tokens": 3, "messages": [*USER, {"role": "assistant", "content": "A"}]},
+    ],
+    "/v1/messages/count_tokens": [{"messages": USER, "system": "S"}],
 }
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% for c in m.tool_calls or [] %}"
@@ -175,16 +199,19 @@ def make_content(rng: random.Random) -> tuple[str, bytes]:
     return path, content
 
 
-def check(response: httpx.Response, content: bytes) -> None:
+def check(response: httpx.Response, path: str, content: bytes) -> None:
     # A body may name a deadline, and one that has passed when it arrives.
     expected = {*EXPECTED, 504} if b"timeout" in content else EXPECTED
     assert response.status_code in expected, (response.status_code, response.text, content)
     if response.status_code != 200:
         error = response.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"} and error["message"], content
+        names = {"message", "type"} if "messages" in path else {"message", "type", "param", "code"}
+        assert set(error) == names and error["message"], content
     elif response.headers["content-type"].startswith("text/event-stream"):
         if response.text.startswith("event: response.created"):
             told(response_events(response.text))
+        elif "messages" in path:
+            message_helpers.put_together(message_helpers.events_of(response.text))
         else:
             assert all("error" not in event for event in events_of(response.text)), content
     else:
@@ -196,7 +223,7 @@ async def ask(client: httpx.AsyncClient, rng: random.Random, statuses: Counter[i
     kind = "application/json" if rng.random() < 0.98 else rng.choice(["", "text/plain", "é"])
     headers = {"content-type": kind.encode()}
     response = await client.post(path, content=content, headers=headers)
-    check(response, content)
+    check(response, path, content)
     statuses[response.status_code] += 1
 
 
