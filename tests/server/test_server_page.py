@@ -128,7 +128,7 @@ def test_the_documentation_has_examples_that_run_as_they_are_printed(tmp_path: P
                 if kind == "bash"
                 for command in re.split(r"\n(?=curl )", code)
             ]
-            assert len(commands) == 10
+            assert len(commands) == 11
             for command in commands:
                 response = await send_as_curl(client, command)
                 assert response.status_code == 200, response.text
