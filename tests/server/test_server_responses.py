@@ -62,6 +62,7 @@ CHAIN: dict[str, Any] = {
         "}\n</tool_call>",
         after="must",
     ),
+    **say("\n", "<tool_call>  " + CALL, " </tool_call>", " \n\n", after="bare"),
     **say(PERSON, after="person"),
     **say(" \n", after="space"),
     **{"nothing": END, "sing": "la", "la": "la", "muse": "<think>~", "<think>~": "x", "x": "x"},
@@ -136,6 +137,7 @@ ANSWERS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         {"tools": TOOLS},
         [("message", "Well: "), ("call add", '{"a": 1}'), ("message", " and so")],
     ),
+    "bare": ({"tools": TOOLS}, [("call add", '{"a": 1}')]),
     "think": ({}, [("reasoning", "well then"), ("message", UNICORN)]),
     "think not": ({"include_reasoning": False}, [("message", UNICORN)]),
     "act": (

@@ -52,7 +52,14 @@ def make_format(logprobs: bool = False) -> ResponsesFormat:
     reading = Reading(Markup("hermes", REASONING["qwen3"]))
     body = ResponsesBody(input="x")
     echo = {**body.echo(), "temperature": 1.0, "top_p": 1.0}
-    return ResponsesFormat(Head("resp_1", 1, "m"), places, reading, echo=echo, thinking_end=END)
+    return ResponsesFormat(
+        Head("resp_1", 1, "m"),
+        places,
+        reading,
+        echo=echo,
+        thinking_end=END,
+        in_own_words=translate(body).in_own_words,
+    )
 
 
 def result_of(text: str, logprobs: Any, reason: str = "stop") -> RequestOutput:
@@ -135,6 +142,17 @@ def test_thinking_and_calls_bring_no_tokens_into_a_message() -> None:
     for part, shown_text in zip(messages, ("Yes ", " no"), strict=True):
         data = bytes(byte for token in part["logprobs"] for byte in token["bytes"])
         assert part["text"] == shown_text == data.decode()
+
+
+def test_an_error_in_a_stream_has_the_names_of_this_api() -> None:
+    answer_format = make_format()
+    answer_format.opening(1, "")
+    answer_format.piece(0, OutputChunk("id", 0, "Well"), "")
+    events = answer_format.failed(ApiError(400, "max_tokens is 0", "max_tokens", "wrong"))
+    error, last = (json.loads(each.split("data: ")[1]) for each in events.split("\n\n")[:2])
+    assert (error["type"], error["param"], error["code"]) == ("error", "max_output_tokens", "wrong")
+    assert last["response"]["error"]["message"] == error["message"] == "max_output_tokens is 0"
+    assert shown(last["response"]) == [("message", "Well")] and last["sequence_number"] == 6
 
 
 def messages_of(given: Any, **fields: Any) -> list[dict[str, Any]]:
