@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig
 from octavo.engine.outputs import OutputChunk, RequestOutput
+from octavo.engine.pooling import EMBED, EmbeddingRequestOutput, embedding_output
 from octavo.errors import EngineStepError
 from octavo.model import LoadedModel, load_model
 from octavo.prompts import AnyPrompt, EncodedPrompt
@@ -88,6 +89,17 @@ class AsyncLLM:
             return await stream.wait()
         finally:
             stream.close()
+
+    async def embed(
+        self, prompt: AnyPrompt, *, dimensions: int | None = None, **options: Any
+    ) -> EmbeddingRequestOutput:
+        """The vector of one text, of an embedding model.
+
+        dimensions: its first so many numbers, normalized anew; None: all. options: as for `stream`.
+        """
+        pooling = self._loaded().need_pooling(dimensions)
+        result = await self.generate(prompt, EMBED, **options)
+        return embedding_output(result, pooling, dimensions)
 
     async def stream(
         self,

@@ -18,6 +18,7 @@ from octavo.speculative_config import SpeculativeConfig, read_speculative_config
 DType = Literal["auto", "f32", "bf16", "f16"]
 KVDType = Literal["auto", "f32", "bf16", "f16", "int8"]
 LoadFormat = Literal["auto", "dummy"]
+Runner = Literal["auto", "generate", "pooling"]
 DEVICES = ("auto", "cpu", "cuda", "cuda_emulated")  # the last in builds for tests alone
 DTYPES = ("auto", "f32", "bf16", "f16")
 KV_DTYPES = (*DTYPES, "int8")
@@ -28,6 +29,7 @@ _DTYPE_NAMES = {
     "bfloat16": "bf16",
 }
 LOAD_FORMATS = ("auto", "dummy")
+RUNNERS = ("auto", "generate", "pooling")
 QUANTIZE = ("int8", "w8a8", "int4", "int4-nonuniform")
 ISAS = (
     "auto",
@@ -108,6 +110,8 @@ class EngineConfig:
         int8 otherwise.
     load_format: "auto" reads the model's files; "dummy" makes seeded random weights from the
         configuration alone, for benchmarks.
+    runner: what the model is for: "generate" for texts, "pooling" for embeddings; "auto" goes by
+        its files (docs/embeddings.md).
     max_model_len: the longest prompt plus answer, in tokens; None takes the model's own limit.
     max_num_seqs: how many sequences a step carries at most.
     max_num_batched_tokens: how many tokens a step carries at most; a longer prompt is computed
@@ -145,6 +149,7 @@ class EngineConfig:
     quantize: Literal["int8", "w8a8", "int4", "int4-nonuniform"] | None = None
     keep_embedding: bool = False
     load_format: LoadFormat = "auto"
+    runner: Runner = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -176,6 +181,7 @@ class EngineConfig:
         if self.quantize is not None:
             check_choice("quantize", self.quantize, QUANTIZE)
         check_choice("load_format", self.load_format, LOAD_FORMATS)
+        check_choice("runner", self.runner, RUNNERS)
         check_choice("isa", self.isa, ISAS)
         _check_positive("max_num_seqs", self.max_num_seqs)
         _check_positive("max_num_batched_tokens", self.max_num_batched_tokens)

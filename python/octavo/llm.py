@@ -15,6 +15,7 @@ from octavo.config import EngineConfig
 from octavo.engine.adapters import AdapterTable
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputChunk, RequestOutput, refused_output
+from octavo.engine.pooling import EMBED, EmbeddingRequestOutput, embedding_output
 from octavo.engine.request import derive_seed
 from octavo.engine.search import Search
 from octavo.engine.shared import Asked, Call, SharedEngine, SharedIterator
@@ -196,6 +197,30 @@ class LLM(LoadedModel):
         encoded = for_each(conversations, encode, "conversation" if many else None)
         return self._run_all(call, encoded, params, progress, adapter)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        progress: bool = True,
+        adapter: str | None = None,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The vectors of one text or many, of an embedding model; in the prompts' order.
+
+        dimensions: the first so many numbers of each, normalized anew; None: all. Otherwise as
+        `generate`, which such a model refuses, as all that makes texts. Raises InvalidArgumentError
+        for a model that makes texts, and for a prompt that is empty or too long.
+        """
+        pooling = self.need_pooling(dimensions)
+        adapter = self._adapter(adapter, lora_request)
+        call = Call(self._shared)
+        many, items = split_prompts(prompts)
+        encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
+        outputs = self._run_all(call, encoded, EMBED, progress and use_tqdm, adapter)
+        return [embedding_output(output, pooling, dimensions) for output in outputs]
+
     def beam_search(
         self,
         prompts: EncodedPrompt | Prompt | Sequence[Prompt],
@@ -365,7 +390,8 @@ class LLM(LoadedModel):
         results: list[RequestOutput | None] = [None] * len(prompts)
         bar: AbstractContextManager[Advance | None] = nullcontext()
         if progress and prompts:
-            bar = request_bar(self._bar_turn, len(prompts), lambda: self.engine.num_sampled_tokens)
+            drawn = None if self.pooling else lambda: self.engine.num_sampled_tokens
+            bar = request_bar(self._bar_turn, len(prompts), drawn)
         with call, bar as advance:
             asked = [Asked(i, *pair, adapter=adapter) for i, pair in enumerate(pairs)]
             if searches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from octavo.config import EngineConfig, read_environment
 from octavo.engine.engine import Engine
+from octavo.engine.pooling import PoolingEngine
 from octavo.errors import InvalidArgumentError, TokenizerError
+from octavo.models.pooling import Pooling
 from octavo.prompts import AnyPrompt, Conversation, EncodedPrompt, Prompt, prompt_of
 from octavo.search.beam import BeamSearch
 from octavo.search.contrastive import ContrastiveParams
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
     from octavo.text.chat import ChatTemplate
     from octavo.text.tokenizer import Tokenizer
+    from octavo.weights.model_files import ModelFiles
 
 
 @dataclass(eq=False, repr=False)
@@ -46,6 +49,21 @@ class LoadedModel:
     def max_model_len(self) -> int:
         """The most tokens that prompt and answer may have together."""
         return self.engine.options.max_model_len
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How an embedding model makes its vectors; None for a model that makes texts."""
+        return self.engine.pooling if isinstance(self.engine, PoolingEngine) else None
+
+    def need_pooling(self, dimensions: int | None = None) -> Pooling:
+        """The same; InvalidArgumentError for other models, and for dimensions it does not have."""
+        if self.pooling is None:
+            raise InvalidArgumentError(
+                "this model makes texts and gives no embeddings: load one that does, or this one "
+                "with runner='pooling' (octavo serve --runner pooling)"
+            )
+        self.pooling.check_dimensions(dimensions)
+        return self.pooling
 
     def encode(self, prompt: AnyPrompt) -> EncodedPrompt:
         """A text, token ids or a conversation as the engine takes it."""
@@ -141,11 +159,12 @@ def load_model(
     from octavo.weights.checkpoint import open_checkpoint
     from octavo.weights.hub import resolve_model
     from octavo.weights.model_files import read_model
+    from octavo.weights.pooling import pooling_notes
 
     config = _merge_options(config, options)
     environment = read_environment()
     path = resolve_model(None if model is None else str(model), environment)
-    files = read_model(path)
+    files, config, pooling = _for_runner(read_model(path), config)
     files = replace(files, spec=with_kv_groups(files.spec, config.max_model_len))
     # Before the weights, so that a broken tokenizer is an error at once.
     has_tokenizer = holds_tokenizer(files.folder)
@@ -161,7 +180,10 @@ def load_model(
         drafter = build_drafter(
             speculative_config, files, checkpoint, loaded.num_kv_blocks, draft_model
         )
-        engine = Engine(
+        make: Callable[..., Engine] = partial(Engine, drafter=drafter)
+        if pooling is not None:
+            make = partial(PoolingEngine, pooling=pooling)
+        engine = make(
             loaded.runtime,
             loaded.options,
             num_kv_blocks=loaded.num_kv_blocks,
@@ -170,7 +192,6 @@ def load_model(
             tokenizer=tokenizer,
             eos_token_ids=files.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()),
             seed=config.seed,
-            drafter=drafter,
             make_batch=loaded.make_batch,
             read_adapter=partial(read_adapter, files=files, checkpoint=checkpoint),
         )
@@ -179,7 +200,29 @@ def load_model(
     except BaseException:
         loaded.close()
         raise
-    return LoadedModel(engine, chat_template, config, loaded.notes)
+    notes = () if pooling is None else pooling_notes(files, tokenizer)
+    return LoadedModel(engine, chat_template, config, (*loaded.notes, *notes))
+
+
+def _for_runner(
+    files: ModelFiles, config: EngineConfig
+) -> tuple[ModelFiles, EngineConfig, Pooling | None]:
+    """Model and options as what the model is for needs them; the pooling of an embedding model."""
+    from octavo.weights.pooling import find_pooling, refuse_headless, without_head
+
+    pooling = find_pooling(files, config.runner)
+    if pooling is None:
+        refuse_headless(files)
+        return files, config, None
+    if config.speculative_config is not None:
+        raise InvalidArgumentError(
+            "speculative_config is given, but this model gives embeddings and draws no tokens: "
+            "leave it out"
+        )
+    longest = pooling.max_tokens
+    if config.max_model_len is None and longest and longest < files.spec.max_position_embeddings:
+        config = replace(config, max_model_len=longest)
+    return without_head(files), config, pooling
 
 
 def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:

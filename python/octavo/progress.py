@@ -253,29 +253,34 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def request_bar(
-    turn: threading.Lock, num_requests: int, num_drawn: Callable[[], int]
+    turn: threading.Lock, num_requests: int, num_drawn: Callable[[], int] | None
 ) -> Iterator[Advance | None]:
     """The bar of a generation: requests done, tokens a second.
 
     turn: held while a bar is shown. While another thread shows one there is none, but None.
-    num_drawn: how many tokens the engine has drawn so far, for all requests of all threads.
+    num_drawn: how many tokens the engine has drawn so far, for all requests of all threads; None:
+    they are embeddings, and none is drawn.
     """
     if not turn.acquire(blocking=False):
         yield None
         return
-    num_done, started, drawn_before = 0, time.monotonic(), num_drawn()
+    num_done, started, drawn_before = 0, time.monotonic(), num_drawn() if num_drawn else 0
+    what = "generating" if num_drawn else "embedding"
 
     def advance(num_finished: int) -> None:
         nonlocal num_done
         num_done += num_finished
-        speed = (num_drawn() - drawn_before) / max(time.monotonic() - started, 1e-9)
-        bar.update("generating", num_done, num_requests, f"{speed:,.1f} tokens/s")
+        speed = ""
+        if num_drawn is not None:
+            drawn = num_drawn() - drawn_before
+            speed = f"{drawn / max(time.monotonic() - started, 1e-9):,.1f} tokens/s"
+        bar.update(what, num_done, num_requests, speed)
 
     try:
         # Prints of other threads keep going where they went: what they hold of sys.stdout would
         # outlive the bar.
         with Bar("count", keep=True, redirect=False) as bar:
-            bar.start("generating", num_requests)
+            bar.start(what, num_requests)
             yield advance
             bar.write_line()
     finally:

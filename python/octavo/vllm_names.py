@@ -28,7 +28,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "pipeline_parallel_size": (1,),
     "quantization": (None,),
     "revision": (None,),
-    "runner": ("auto", "generate"),
     "skip_tokenizer_init": (False,),
     "task": ("auto", "generate"),
     "tokenizer": (None,),
@@ -46,8 +45,7 @@ _INSTEAD = {
     "pipeline_parallel_size": "tensor_parallel_size divides a model among GPUs",
     "quantization": "the checkpoint says how it is quantized; quantize='int8' rounds a float model",
     "revision": "octavo pull ORG/NAME --revision NAME",
-    "runner": "octavo generates texts and has no pooling models",
-    "task": "octavo generates texts and has no pooling models",
+    "task": "runner='pooling' for embeddings, or nothing: the model's files say what it is for",
     "skip_tokenizer_init": "give prompts as token ids; the tokenizer does no harm",
     "tokenizer": "octavo takes the tokenizer in the model's folder",
     "tokenizer_mode": "octavo takes the tokenizer.json in the model's folder",
@@ -63,7 +61,7 @@ _SAMPLING_INSTEAD = {
     "truncate_prompt_tokens": "cut the prompt: llm.get_tokenizer().encode(text)[-n:]",
     "use_beam_search": "llm.beam_search(prompts, BeamSearchParams(...))",
 }
-_POOLING = ("classify", "embed", "reward", "score")
+_POOLING = ("classify", "reward", "score")
 
 
 def translate_options(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def no_such_method(name: str) -> AttributeError:
     """The error for a method that `LLM` does not have."""
     if name in _POOLING:
         return AttributeError(
-            f"LLM has no {name}: octavo generates texts and does not run pooling models; a "
+            f"LLM has no {name}: of pooling models octavo runs those of embeddings (llm.embed); a "
             "sentence's log-probability comes by SamplingParams(prompt_logprobs=0)"
         )
     return AttributeError(f"LLM has no {name}")

@@ -183,7 +183,7 @@ REFUSED = {
     "download_dir": ("/data", "OCTAVO_HOME"),
     "tokenizer": ("org/other", "the tokenizer in the model's folder"),
     "revision": ("main", "--revision"),
-    "task": ("embed", "no pooling models"),
+    "task": ("embed", "runner='pooling' for embeddings"),
     "kv_cache_dtype": ("fp8", "kv_dtype is 'fp8'; expected one of"),
     "max_model_length": (4, "did you mean max_model_len?"),
     "dtype": ("float8", "dtype is 'float8'; expected one of"),
@@ -209,10 +209,19 @@ def test_old_fields_of_sampling_params(name: str) -> None:
         SamplingParams(**{name: 1})
 
 
-@pytest.mark.parametrize("name", ["embed", "classify", "score", "reward"])
-def test_pooling_is_refused_with_the_reason(llm: LLM, name: str) -> None:
-    with pytest.raises(AttributeError, match="does not run pooling models"):
+@pytest.mark.parametrize("name", ["classify", "score", "reward"])
+def test_other_pooling_is_refused_with_the_reason(llm: LLM, name: str) -> None:
+    with pytest.raises(AttributeError, match="those of embeddings"):
         getattr(llm, name)("text")
     with pytest.raises(AttributeError, match="LLM has no nothing"):
         llm.nothing()
     assert issubclass(InvalidArgumentError, OctavoError)
+
+
+def test_embeddings(model: Path) -> None:
+    llm = LLM(model=str(model), runner="pooling", enforce_eager=True, max_model_len=64)
+    outputs = llm.embed(PROMPTS, use_tqdm=False)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        embedding = output.outputs.embedding
+        assert output.prompt == prompt and len(embedding) == CONFIG["hidden_size"]
+        assert abs(math.fsum(x * x for x in embedding.tolist()) - 1) < 1e-5

@@ -5,6 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ class RequestOutput:
     error: what went wrong when a finish_reason is "error", else None.
     prompt_logprobs: one entry for each prompt token, None where the token has none (the first, and
     those before prompt_logprobs_start); None as a whole when they were not asked for.
+    embedding: of an embedding model the prompt's vector, float32 (dimensions,); else None.
     """
 
     request_id: str
@@ -137,6 +143,7 @@ class RequestOutput:
     error: str | None
     metrics: RequestMetrics
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    embedding: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     @property
     def text(self) -> str:

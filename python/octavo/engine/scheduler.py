@@ -80,10 +80,10 @@ class Scheduler(SequenceQueues):
             raise InvalidArgumentError(
                 "the prompt has no tokens; expected at least one: write something to continue"
             )
-        if num_prompt_tokens >= max_model_len:
+        if num_prompt_tokens > (most := max_model_len - (max_tokens != 0)):
             raise InvalidArgumentError(
                 f"the prompt is too long: it has {num_prompt_tokens} tokens; expected at most "
-                f"{max_model_len - 1}, since prompt and answer together may have {max_model_len} "
+                f"{most}, since prompt and answer together may have {max_model_len} "
                 f"(max_model_len): shorten the prompt"
             )
         num_total = self.max_total_tokens(num_prompt_tokens, max_tokens)

@@ -191,6 +191,6 @@ class Family:
     ignored: tuple[str, ...] = LLAMA_IGNORED  # patterns of other names that a checkpoint may hold
     default_eos_token_id: int | None = None  # where config.json has no such field
     gguf: GgufFamily | None = None
-    aliases: tuple[str, ...] = ()  # other names of the architecture
+    aliases: tuple[str, ...] = ()  # names of the architecture without its head
     # What checkpoints of the model without its head leave out of the names.
     base_prefix: str = "model."

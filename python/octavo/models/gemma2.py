@@ -111,6 +111,7 @@ def read_cap(fields: Fields, name: str, default: float = 0.0) -> float:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("Gemma2Model",),
     model_type="gemma2",
     read_spec=read_spec,
     tensors=TensorNames(TENSORS, NORMS_FROM_ONE),

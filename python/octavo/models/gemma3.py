@@ -86,6 +86,7 @@ def _merged_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("Gemma3TextModel",),
     model_type="gemma3_text",
     read_spec=read_spec,
     tensors=TensorNames({**TENSORS, **HEAD_NORMS}, NORMS_FROM_ONE),

@@ -53,6 +53,7 @@ def _multiplier(fields: Fields, name: str) -> float:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("GraniteModel",),
     model_type="granite",
     read_spec=read_spec,
     default_eos_token_id=2,

@@ -54,12 +54,14 @@ def _read(architecture: str, config: Mapping[str, Any]) -> ModelSpec:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("MistralModel",),
     model_type="mistral",
     read_spec=read_spec,
     default_eos_token_id=2,
 )
 MINISTRAL = Family(
     architecture=MINISTRAL_ARCHITECTURE,
+    aliases=("MinistralModel",),
     model_type="ministral",
     read_spec=read_ministral,
     default_eos_token_id=2,

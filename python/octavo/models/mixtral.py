@@ -37,6 +37,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("MixtralModel",),
     model_type="mixtral",
     read_spec=read_spec,
     tensors=TensorNames(

@@ -42,6 +42,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("Olmo2Model",),
     model_type="olmo2",
     read_spec=read_spec,
     tensors=TensorNames(

@@ -52,6 +52,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("Phi3Model",),
     model_type="phi3",
     read_spec=read_spec,
     tensors=TensorNames(

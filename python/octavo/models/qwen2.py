@@ -43,6 +43,7 @@ def read_windows(fields: Fields) -> list[int]:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("Qwen2Model",),
     model_type="qwen2",
     read_spec=read_spec,
     gguf=qwen_gguf.QWEN2,

@@ -31,6 +31,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("Qwen3Model",),
     model_type="qwen3",
     read_spec=read_spec,
     tensors=TensorNames({**LLAMA_TENSORS, **HEAD_NORMS}),

@@ -59,6 +59,7 @@ def _sparse_layers(fields: Fields) -> list[bool]:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("Qwen3MoeModel",),
     model_type="qwen3_moe",
     read_spec=read_spec,
     tensors=TensorNames(

@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 _NO_EXPERTS, _NO_CAP = "null (no mixture of experts)", "null (logits are not capped)"
+_CAUSAL = "causal attention (a token sees itself and those before it)"
 _NO_BIAS, _NO_SCALE = "false (no biases)", "1 (nothing is multiplied)"
 # Fields of some family that change the result: the values that stand for no change, and why.
 _CHANGES: dict[str, tuple[tuple[object, ...], str]] = {
@@ -37,6 +38,8 @@ _CHANGES: dict[str, tuple[tuple[object, ...], str]] = {
     "use_sliding_window": ((False,), "false (every token attends to all before it)"),
     "no_rope_layers": ((), "null (every layer rotates)"),
     "pretraining_tp": ((1,), "1 (set it so: the weights are the same)"),
+    "use_bidirectional_attention": ((False,), f"false: {_CAUSAL}"),
+    "is_causal": ((True,), f"true: {_CAUSAL}"),
     "is_encoder_decoder": ((False,), "false (decoder-only models)"),
     "add_cross_attention": ((False,), "false (decoder-only models)"),
     "vision_config": ((), "null (text only)"),

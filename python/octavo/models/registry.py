@@ -51,7 +51,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 def find_family(config: Mapping[str, Any]) -> Family:
     """The family that `architectures` names, or `model_type` where there is no such list."""
-    fields, supported = Fields(config, "config.json"), ", ".join(FAMILIES)
+    fields = Fields(config, "config.json")
+    supported = ", ".join(family.architecture for family in _ALL)
     architectures, model_type = config.get("architectures"), config.get("model_type")
     types = ", ".join(family.model_type for family in _ALL)
     if architectures is None and model_type is None:

@@ -67,6 +67,7 @@ def _rotating_layers(fields: Fields, count: int) -> list[bool]:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("SmolLM3Model",),
     model_type="smollm3",
     read_spec=read_spec,
     default_eos_token_id=128001,

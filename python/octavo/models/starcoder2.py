@@ -50,6 +50,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 FAMILY = Family(
     architecture=ARCHITECTURE,
+    aliases=("Starcoder2Model",),
     model_type="starcoder2",
     read_spec=read_spec,
     tensors=TensorNames(

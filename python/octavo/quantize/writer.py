@@ -33,6 +33,7 @@ from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.codes import CompressedMatrix, Layout, pack_words, pack_zeros
 from octavo.weights.compressed_tensors import choose_layout, make_quantization_config
 from octavo.weights.model_files import ModelFiles, read_model
+from octavo.weights.pooling import MODULE_CONFIGS
 from octavo.weights.reader import whole_tensor
 from octavo.weights.safetensors import make_header
 from octavo.weights.stored import stack_of
@@ -161,6 +162,9 @@ def copy_files(source: Folder, target: Path) -> None:
     for entry in (source / NAMED_TEMPLATES).glob("*.jinja"):
         (target / NAMED_TEMPLATES).mkdir(exist_ok=True)
         (target / NAMED_TEMPLATES / entry.name).write_bytes(entry.read_bytes())
+    for module in source.glob(MODULE_CONFIGS) if isinstance(source, Path) else ():
+        (target / module.parent.name).mkdir(exist_ok=True)
+        (target / module.parent.name / module.name).write_bytes(module.read_bytes())
 
 
 def _layout(files: ModelFiles, formats: Mapping[str, WeightFormat]) -> Layout:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from octavo.progress import Progress, folder_size, watch_folder
 from octavo.text.chat import NAMED_TEMPLATES
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
+from octavo.weights.pooling import MODULE_CONFIGS
 from octavo.weights.safetensors import INDEX, SINGLE, numbered_shards, read_index
 
 _Result = TypeVar("_Result")
@@ -105,6 +107,8 @@ def fetch_repository(
 
 def _is_small_file(name: str) -> bool:
     """Whether a repository's file is configuration, tokenizer or chat template."""
+    if fnmatch(name, MODULE_CONFIGS):
+        return name.count("/") == 1
     folder, _, file = name.rpartition("/")
     endings = {"": (".json", ".jinja"), NAMED_TEMPLATES: (".jinja",)}
     return file.endswith(endings.get(folder, ()))
