@@ -51,8 +51,11 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     from octavo.models.layer import weight_shapes
     from octavo.models.summary import specials
     from octavo.quantization.plan import describe_formats, embedding_formats, weight_bytes
+    from octavo.weights.pooling import find_pooling, without_head
     from octavo.weights.tensor import ITEM_SIZE
 
+    pooling = find_pooling(files)
+    files = files if pooling is None else without_head(files)
     spec = files.spec
     checkpoint = _open(files)
     layer = spec.layers[0]
@@ -69,6 +72,7 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     return {
         "path": str(files.path),
         "architecture": spec.architecture,
+        "embeddings": None if pooling is None else str(pooling),
         "num_parameters": num_parameters,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
@@ -193,12 +197,14 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     heads, kv_heads = facts["num_heads"], facts["num_kv_heads"]
     kind = "multi-head" if heads == kv_heads else "multi-query" if kv_heads == 1 else "grouped"
     head = "tied to the embedding" if facts["tie_word_embeddings"] else "of its own"
+    head = head if facts["embeddings"] is None else "not needed"
     biases = [name for name in ("attention", "mlp") if facts[f"{name}_bias"]]
     kv_bytes, kv_share = facts["kv_bytes_per_token"], facts["kv_share_at_full_length"]
     windowed = f"; at full length {kv_share:.1%} of that, since windows end" if kv_share < 1 else ""
     return [
         ("Model", str(Path(facts["path"]))),
         ("Architecture", facts["architecture"]),
+        *[("Embeddings", facts["embeddings"])] * (facts["embeddings"] is not None),
         ("Parameters", f"{facts['num_parameters']:,} ({_short(facts['num_parameters'])})"),
         ("Weight files", _weights_text(facts["weights"])),
         *[("Quantized", text) for text in facts["quantized"]],

@@ -229,6 +229,13 @@ class _Engine:
 class _Batching:
     """How steps are filled; further fields of EngineConfig, for the commands that name them."""
 
+    runner: Annotated[
+        str,
+        _model(
+            "What the model is for: generate (texts), pooling (embeddings), or auto, by its files.",
+            metavar="auto|generate|pooling",
+        ),
+    ]
     max_num_seqs: Annotated[
         int,
         _batching("Most answers computed at a time. More is faster in all, and needs more memory."),

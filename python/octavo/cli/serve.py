@@ -129,6 +129,7 @@ class Formats:
 
 
 @engine_options(
+    "runner",
     "max_num_seqs",
     "max_num_batched_tokens",
     "num_kv_blocks",

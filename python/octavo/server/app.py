@@ -20,9 +20,10 @@ from octavo.errors import InvalidArgumentError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server import messages, prepare
+from octavo.server.embeddings import EmbeddingBody, EmbeddingFormat, read_input
 from octavo.server.errors import ApiError, to_api_error, validation_error
 from octavo.server.fields import check_extra_fields
-from octavo.server.formats import Format, Head
+from octavo.server.formats import Head, WholeFormat
 from octavo.server.message_format import MessageFormat
 from octavo.server.messages import CountTokensBody, MessagesBody
 from octavo.server.metrics import CONTENT_TYPE
@@ -34,7 +35,7 @@ from octavo.server.protocol import (
     CompletionBody,
     DetokenizeBody,
     LoadAdapterBody,
-    SamplingBody,
+    PromptBody,
     TokenizeChatBody,
     TokenizeCompletionBody,
     UnloadAdapterBody,
@@ -94,7 +95,7 @@ def create_app(service: Service, lifespan: Lifespan[_App] | None = None) -> ASGI
     # Of any other exception RequestMiddleware logs the traceback.
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
-    generating = (_add_generation, _add_responses, _add_messages)
+    generating = (_add_generation, _add_responses, _add_messages, _add_embeddings)
     for add in (*generating, _add_models, _add_tokens, _add_probes, add_pages):
         add(app, service)
     whole: ASGIApp = RequestMiddleware(app, service.options)
@@ -115,7 +116,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", responses=_STREAMED)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
-        model = service.model(body.model)
+        model = service.model_that_writes(body.model)
         markup = service.markup_of(body)
 
         def read() -> tuple[EncodedPrompt, SamplingParams]:  # compiles a grammar, if it is new
@@ -133,7 +134,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=_STREAMED)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Go on with a text, or with many."""
-        model = service.model(body.model)
+        model = service.model_that_writes(body.model)
 
         def read() -> list[tuple[EncodedPrompt, SamplingParams]]:
             prompts, defaults = prepare.encode_completion(model, body), service.options.defaults
@@ -149,7 +150,7 @@ def _add_responses(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses", responses=_STREAMED)
     async def create_response(body: ResponsesBody, request: Request) -> Response:
         """Answer a text, or items of a conversation, as items."""
-        model = service.model(body.model)
+        model = service.model_that_writes(body.model)
         translation = translate(body)
         chat = translation.chat
 
@@ -182,7 +183,7 @@ def _add_messages(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages", responses=_STREAMED)
     async def create_message(body: MessagesBody, request: Request) -> Response:
         """Answer a conversation, by Anthropic's Messages API."""
-        model = service.model(body.model)
+        model = service.model_that_writes(body.model)
         chat, begun = messages.to_chat(body)
         markup = service.markup_of(chat)
 
@@ -202,11 +203,22 @@ def _add_messages(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages/count_tokens", responses=_ERRORS)
     async def count_message_tokens(body: CountTokensBody, request: Request) -> Response:
         """The number of tokens in the prompt of a message."""
-        model = service.model(body.model)
+        model = service.model_that_writes(body.model)
         chat, begun = messages.to_chat(body)
         markup = service.markup_of(chat)
         prompt = await asyncio.to_thread(messages.encode, model, chat, markup, begun)
         return _warn(request, chat, JSONResponse({"input_tokens": len(prompt.token_ids)}))
+
+
+def _add_embeddings(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/embeddings", responses=_ERRORS)
+    async def embeddings(body: EmbeddingBody, request: Request) -> Response:
+        """The vector of a text, or of many."""
+        model = service.model_that_embeds(body.model)
+        work = await asyncio.to_thread(read_input, model, body)
+        head = _head(service, request, "embd-", body)
+        answer_format = EmbeddingFormat(body, head.model, model.need_pooling())
+        return await _answer(service, request, body, work, head, answer_format)
 
 
 def _head(service: Service, request: Request, prefix: str, body: Body) -> Head:
@@ -219,10 +231,10 @@ def _head(service: Service, request: Request, prefix: str, body: Body) -> Head:
 async def _answer(
     service: Service,
     request: Request,
-    body: SamplingBody,
+    body: PromptBody,
     work: Sequence[tuple[EncodedPrompt, SamplingParams]],
     head: Head,
-    answer_format: Format,
+    answer_format: WholeFormat,
     given: Body | None = None,
 ) -> Response:
     """given: what the client sent, where `body` was made of it."""

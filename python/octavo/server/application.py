@@ -95,6 +95,8 @@ def load_logged(
     llm = LLM(path, config=config, on_load=on_load, adapters=adapters, **options)
     for line in llm.notes:
         write(line)
+    if llm.pooling is not None:
+        write(f"{path.name} gives embeddings: {llm.pooling}")
     if llm.tokenizer is None:
         warning = (
             f"{path} holds no tokenizer.json: only prompts of token ids are taken, and answers "

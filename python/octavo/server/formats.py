@@ -41,12 +41,16 @@ def usage_of(num_prompt: int, num_answer: int, num_cached: int | None = None) ->
     return usage
 
 
-class Format(ABC):
-    """One of the APIs. Choices are counted over all prompts and answers."""
+class WholeFormat(ABC):
+    """How the results of a request are written in one body."""
 
     @abstractmethod
     def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
+
+
+class Format(WholeFormat):
+    """One of the APIs for texts. Choices are counted over all prompts and answers."""
 
     @abstractmethod
     def opening(self, num_choices: int, usage: str) -> str:

@@ -45,6 +45,17 @@ class Body(BaseModel):
         return {name: value for name, value in body.items() if value is not None}
 
 
+class PromptBody(Body):
+    """What every body with prompts has, whatever is made of them."""
+
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    timeout: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    stream: bool | None = None
+
+    prompt_field: ClassVar[str] = "prompt"
+
+
 class StreamOptions(BaseModel):
     """Options of a stream."""
 
@@ -71,12 +82,12 @@ def _as_params_have_them() -> dict[str, Any]:
 
 if TYPE_CHECKING:
 
-    class _Options(Body):
+    class _Options(PromptBody):
         skip_special_tokens: bool | None
         prompt_logprobs: int | None
 
 else:
-    _Options = create_model("_Options", __base__=Body, **_as_params_have_them())
+    _Options = create_model("_Options", __base__=PromptBody, **_as_params_have_them())
 
 
 class SamplingBody(_Options):
@@ -90,11 +101,7 @@ class SamplingBody(_Options):
     allowed_token_ids: TokenIds | None = None
     bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
     dry_sequence_breakers: FewTexts | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    timeout: Annotated[float, Field(gt=0, le=1e9)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
     use_beam_search: bool | None = None
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None

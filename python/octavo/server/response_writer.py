@@ -15,8 +15,8 @@ from octavo.engine.outputs import OutputChunk, RequestOutput
 from octavo.engine.steering import NO_TOKEN
 from octavo.errors import OctavoError
 from octavo.server.errors import ApiError, to_api_error
-from octavo.server.formats import Format, to_json, usage_of
-from octavo.server.protocol import SamplingBody, StreamOptions
+from octavo.server.formats import Format, WholeFormat, to_json, usage_of
+from octavo.server.protocol import PromptBody, SamplingBody, StreamOptions
 from octavo.server.stream import EngineRequest, ResultStream
 
 CLIENT_GONE = 499  # nginx's number for it; never sent, only logged
@@ -30,8 +30,8 @@ class ResponseWriter:
     """
 
     streams: Sequence[ResultStream]
-    body: SamplingBody
-    answer_format: Format
+    body: PromptBody
+    answer_format: WholeFormat
     notes: dict[str, Any]
 
     async def write(self, receive: Receive) -> Response:
@@ -49,8 +49,9 @@ class ResponseWriter:
             self._close()
 
         try:
-            if self.body.stream:
-                events = self._events()
+            body, answer_format = self.body, self.answer_format
+            if body.stream and isinstance(body, SamplingBody) and isinstance(answer_format, Format):
+                events = self._events(body, answer_format)
                 response = EventStream(await anext(events), events, end)
                 return response
             return await self._whole()
@@ -76,10 +77,10 @@ class ResponseWriter:
         content = to_json(self.answer_format.whole(results, usage_of(*self._count_tokens())))
         return Response(content.encode(), media_type="application/json")
 
-    async def _events(self) -> AsyncIterator[str]:
+    async def _events(self, body: SamplingBody, answer_format: Format) -> AsyncIterator[str]:
         """What to write, one string a step; an error is raised before the first, written after."""
-        options = self.body.stream_options or StreamOptions()
-        num_answers = self.body.num_answers
+        options = body.stream_options or StreamOptions()
+        num_answers = body.num_answers
         num_prompt, num_answer = self._num_prompt_tokens(), 0  # for usage that goes along
 
         def usage() -> str:
@@ -87,7 +88,7 @@ class ResponseWriter:
                 return f',"usage":{to_json(usage_of(num_prompt, num_answer))}'
             return ',"usage":null' if options.include_usage else ""
 
-        pieces = [self.answer_format.opening(len(self.streams) * num_answers, usage())]
+        pieces = [answer_format.opening(len(self.streams) * num_answers, usage())]
         is_first = True
         try:
             async for index, chunks in self._batches():
@@ -100,19 +101,19 @@ class ResponseWriter:
                         _check_result(chunk.result, request, may_be_late=has_begun)
                     num_answer += len(chunk.token_ids)
                     choice = index * num_answers + chunk.index
-                    pieces.append(self.answer_format.piece(choice, chunk, usage()))
+                    pieces.append(answer_format.piece(choice, chunk, usage()))
                 text = "".join(pieces)
                 if text or is_first:
                     yield text
                 pieces, is_first = [], False
             used = usage_of(*self._count_tokens())
-            yield self.answer_format.closing(used if options.include_usage else None)
+            yield answer_format.closing(used if options.include_usage else None)
         except (OctavoError, ApiError) as error:
             if is_first:
                 raise
-            found = to_api_error(error, self.body.prompt_field)
+            found = to_api_error(error, body.prompt_field)
             self.notes["error"] = found.for_log
-            yield self.answer_format.failed(found)
+            yield answer_format.failed(found)
 
     async def _batches(self) -> AsyncIterator[tuple[int, list[OutputChunk]]]:
         """(which prompt, its new chunks) as they come, until all prompts have ended."""

@@ -30,7 +30,7 @@ from octavo.server.engine_thread import EngineThread
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.metrics import Metrics
 from octavo.server.options import ServerOptions
-from octavo.server.protocol import ChatFields, SamplingBody
+from octavo.server.protocol import ChatFields, PromptBody, SamplingBody
 from octavo.server.stream import EngineRequest, ResultStream, StepStats
 
 if TYPE_CHECKING:
@@ -139,6 +139,29 @@ class Service:
         self.check_name(name)
         return self._model
 
+    def model_that_embeds(self, name: str | None) -> LoadedModel:
+        """The model, as `model`; status 400 for one that makes texts."""
+        model = self.model(name)
+        if model.pooling is None:
+            raise bad_request(
+                f"the model {self.name!r} makes texts: ask it at /v1/chat/completions or "
+                "/v1/completions, or start the server with an embedding model, or with --runner "
+                "pooling",
+                "model",
+            )
+        return model
+
+    def model_that_writes(self, name: str | None) -> LoadedModel:
+        """The model, as `model`; status 400 for one that gives embeddings."""
+        model = self.model(name)
+        if model.pooling is not None:
+            raise bad_request(
+                f"the model {self.name!r} gives embeddings and makes no texts: ask it at "
+                "/v1/embeddings, or start the server with a model that makes texts",
+                "model",
+            )
+        return model
+
     def model_to_watch(self) -> LoadedModel:
         """The model, while requests are taken and while the last ones end."""
         if self._model is None or self.engine.state != "ready":
@@ -162,13 +185,13 @@ class Service:
             )
 
     def submit(
-        self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, body: SamplingBody
+        self, request_id: str, prompt: EncodedPrompt, params: SamplingParams, body: PromptBody
     ) -> ResultStream:
         """Hand one prompt to the engine."""
         own, limit = body.timeout or math.inf, self.options.request_timeout or math.inf
         timeout = min(own, limit)
         search = None
-        if body.use_beam_search:
+        if isinstance(body, SamplingBody) and body.use_beam_search:
             beams = beam_params(body, params)
             search = self.model(body.model).make_search(beams, len(prompt.token_ids))
             params = beams.sampling_params()
