@@ -191,6 +191,12 @@ def test_the_longest_text_is_that_of_the_authors(folder: Path) -> None:
     change(folder / "sentence_bert_config.json", max_seq_length=100)
     assert LLM(folder, **options).max_model_len == 100
     assert LLM(folder, **options, max_model_len=120).max_model_len == 120
+    change(folder / "sentence_bert_config.json", max_seq_length=None)
+    change(folder / "tokenizer_config.json", model_max_length=90)
+    assert find_pooling(read_model(folder)) == Pooling(96, max_tokens=90)
+    for no_limit in (10**30, 1e30, "x", True, 0):
+        change(folder / "tokenizer_config.json", model_max_length=no_limit)
+        assert find_pooling(read_model(folder)) == Pooling(96)
     change(folder / "sentence_bert_config.json", max_seq_length=1000)
     assert LLM(folder, **options).max_model_len == 128
 

@@ -2,7 +2,7 @@
 
     modules.json                  the parts of the model, in order: Transformer, Pooling, Normalize
     1_Pooling/config.json         which states become the vector
-    sentence_bert_config.json     the longest text
+    sentence_bert_config.json     the longest text; newer: tokenizer_config.json
     config_sentence_transformers.json   texts that are put before a query or a document
 
 What would make another vector than octavo computes is refused by name, never left out in silence:
@@ -144,6 +144,10 @@ def _read_modules(folder: Path, pooling: Pooling) -> Pooling:
     own = Fields(_read_optional(folder, "sentence_bert_config.json"), "sentence_bert_config.json")
     own.refuse_unless("do_lower_case", (False,), "false (texts are taken as they are)")
     longest = own.optional_integer("max_seq_length", 1, Limit.POSITIONS)
+    if longest is None:  # newer ones keep it in the tokenizer; 1e30 stands for no limit
+        given = _read_optional(folder, "tokenizer_config.json").get("model_max_length")
+        is_limit = isinstance(given, int) and 1 <= given <= Limit.POSITIONS
+        longest = given if is_limit and not isinstance(given, bool) else None
     return replace(pooling, kind=kind, normalize=len(names) == 3, max_tokens=longest)
 
 
