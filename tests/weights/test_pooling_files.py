@@ -24,7 +24,7 @@ from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.huggingface import _is_small_file
 from octavo.weights.model_files import read_model
-from octavo.weights.pooling import find_pooling, pooling_notes, without_head
+from octavo.weights.pooling import find_pooling, open_headless, pooling_notes, without_head
 
 
 @pytest.fixture
@@ -213,9 +213,22 @@ def test_what_sentence_transformers_would_add_is_said(tmp_path: Path) -> None:
     assert "add_eos_token" in end and "</s>" in end
 
 
-def test_a_quantized_copy_keeps_the_modules(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("headless", [False, True])
+def test_a_quantized_copy_keeps_the_modules(tmp_path: Path, headless: bool) -> None:
+    folder = write_embedding_model(tmp_path / "model", "mean", headless=headless)
     quantize_directory(folder, tmp_path / "int8", Scheme("int8"))
-    assert find_pooling(read_model(tmp_path / "int8")) == Pooling(96)
+    options: dict[str, Any] = {"device": "cpu", "num_threads": 1, "num_kv_blocks": 40}
+    llms = [LLM(tmp_path / "int8", **options), LLM(folder, **options)]
+    assert [llm.pooling for llm in llms] == [Pooling(96, "mean")] * 2
+    one, other = (llm.embed([5, 6, 7], progress=False)[0].embedding for llm in llms)
+    assert 0.99 < one @ other < 1
+
+
+def test_what_makes_no_embedding_needs_a_head(tmp_path: Path) -> None:
+    bare = read_model(write_embedding_model(tmp_path / "bare", headless=True))
+    assert len(open_headless(bare)) == len(open_checkpoint(without_head(bare)))
+    whole = read_model(write_embedding_model(tmp_path / "whole"))
+    assert "lm_head.weight" in open_headless(whole)
 
 
 def test_the_configurations_of_modules_are_fetched() -> None:

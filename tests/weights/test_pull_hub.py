@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from embedding_helpers import write_embedding_model
 from weights_helpers import tiny_config, write_model
 
 from octavo.weights.checkpoint import open_checkpoint
@@ -371,3 +372,19 @@ def test_a_whole_model_in_the_hubs_own_cache_is_used(hub: Hub, tmp_path: Path) -
     (snapshot / weights).unlink()  # a part of a model is none
     code, said = octavo(hub, tmp_path, "info", "org/model", **where)
     assert code == 2 and "HF_HUB_OFFLINE is set" in said
+
+
+def test_an_embedding_model_is_fetched_with_its_modules(hub: Hub, tmp_path: Path) -> None:
+    """Without a head, as most are published."""
+    source = write_embedding_model(tmp_path / "source", "mean", headless=True)
+    names = [entry for entry in source.rglob("*") if entry.is_file()]
+    hub.files["org/model"] = {
+        entry.relative_to(source).as_posix(): entry.read_bytes() for entry in names
+    }
+    hub.files["org/model"] |= {"tokenizer.json": b"{}", "2_Other/notes.txt": b"x"}
+    code, said = octavo(hub, tmp_path, "pull", "org/model")
+    assert code == 0, said
+    path = tmp_path / "models" / "org--model"
+    assert (path / "1_Pooling" / "config.json").is_file() and not (path / "2_Other").exists()
+    code, said = octavo(hub, tmp_path, "info", "org/model")
+    assert code == 0 and "the mean of all tokens" in said, said

@@ -23,9 +23,10 @@ from octavo.quantize.writer import (
     open_float_model,
 )
 from octavo.weights.adapter import read_adapter
-from octavo.weights.checkpoint import Checkpoint, has_non_finite, open_checkpoint
+from octavo.weights.checkpoint import Checkpoint, has_non_finite
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles, read_model
+from octavo.weights.pooling import open_headless
 from octavo.weights.safetensors import SafetensorsFile, make_header, open_weight_files
 from octavo.weights.tensor import Tensor, float32_to_bf16
 
@@ -84,7 +85,7 @@ def merge_directory(
         config = {**files.config, **({"tie_word_embeddings": False} if unties else {})}
         write_durably(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         num_bytes = _write(staging / "model.safetensors", source, stored, added, progress)
-        open_checkpoint(read_model(staging))  # what takes the name can be loaded
+        open_headless(read_model(staging))  # what takes the name can be loaded
     note = "head and embedding are no longer tied: the adapter changes one of them"
     return MergedDirectory(target, num_bytes, len(changes.matrices), (note,) if unties else ())
 

@@ -22,10 +22,10 @@ from octavo.config import Environment
 from octavo.errors import DownloadError, FileError, InvalidArgumentError, ModelNotFoundError
 from octavo.files import expand_home, reading, write_durably
 from octavo.progress import NO_PROGRESS, Bar, Progress, folder_size
-from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.gguf_parts import GgufParts, is_gguf, model_name
 from octavo.weights.huggingface import fetch_repository, find_snapshot, is_offline
 from octavo.weights.model_files import read_model
+from octavo.weights.pooling import open_headless
 
 DEFAULT_MODEL = "smollm2-135m"
 KNOWN_MODELS = (DEFAULT_MODEL,)
@@ -242,7 +242,7 @@ def _fill(
             source = source | {"revision": fetch_repository(target, revision, staging, progress)}
         else:
             convert_gguf(Path(target), staging, dtype, progress)  # type: ignore[arg-type]
-        open_checkpoint(read_model(staging))  # a model gets its name only if it can be loaded
+        open_headless(read_model(staging))  # a model gets its name only if it can be loaded
         write_durably(staging / MANIFEST, (json.dumps(source, indent=2) + "\n").encode())
         _sync_directory(staging)
         if final.exists():

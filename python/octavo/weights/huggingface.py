@@ -15,9 +15,8 @@ from octavo.errors import DownloadError, OctavoError, UnsupportedModelError
 from octavo.files import expand_home
 from octavo.progress import Progress, folder_size, watch_folder
 from octavo.text.chat import NAMED_TEMPLATES
-from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.model_files import read_model
-from octavo.weights.pooling import MODULE_CONFIGS
+from octavo.weights.pooling import MODULE_CONFIGS, open_headless
 from octavo.weights.safetensors import INDEX, SINGLE, numbered_shards, read_index
 
 _Result = TypeVar("_Result")
@@ -40,7 +39,7 @@ def find_snapshot(repository: str) -> Path | None:
         return None
     folder = Path(found).parent
     try:
-        open_checkpoint(read_model(folder))  # not one of which a part was fetched
+        open_headless(read_model(folder))  # not one of which a part was fetched
     except UnsupportedModelError:
         raise
     except OctavoError:

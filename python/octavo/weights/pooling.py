@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import UnsupportedModelError
 from octavo.models.fields import Fields, Limit, describe, read_json_object
 from octavo.models.pooling import Pooling, PoolingKind
+from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
 
@@ -80,6 +81,11 @@ def is_headless(files: ModelFiles) -> bool:
 def without_head(files: ModelFiles) -> ModelFiles:
     """The model as one that needs no head: vectors come from before it, so none is loaded."""
     return replace(files, spec=replace(files.spec, tie_word_embeddings=True))
+
+
+def open_headless(files: ModelFiles) -> Checkpoint:
+    """As `open_checkpoint`, and without a head where the architecture has none."""
+    return open_checkpoint(without_head(files) if is_headless(files) else files)
 
 
 def pooling_notes(files: ModelFiles, tokenizer: Tokenizer | None) -> tuple[str, ...]:
