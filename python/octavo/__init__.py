@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
     from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestOutput, TokenLogprob
+    from octavo.engine.pooling import EmbeddingRequestOutput
     from octavo.errors import OctavoError
     from octavo.llm import LLM
     from octavo.prompts import LoRARequest, TextPrompt, TokensPrompt
@@ -29,6 +30,7 @@ __all__ = [
     "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "LoRARequest",
     "OctavoError",
@@ -45,6 +47,7 @@ _MODULES = {
     "AsyncLLM": "octavo.async_llm",
     "BeamSearchParams": "octavo.search.params",
     "CompletionOutput": "octavo.engine.outputs",
+    "EmbeddingRequestOutput": "octavo.engine.pooling",
     "EngineConfig": "octavo.config",
     "LoRARequest": "octavo.prompts",
     "OctavoError": "octavo.errors",

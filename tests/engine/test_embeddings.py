@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_helpers import random_adapter, write_adapter
 from cuda_helpers import DEVICE, needs_cuda
 from embedding_helpers import (
     LIMITS,
@@ -335,6 +336,18 @@ def test_a_model_without_its_head(tmp_path: Path) -> None:
     assert equal(embed(LLM(bare, **LIMITS), texts), embed(LLM(whole, **LIMITS), texts))
     with pytest.raises(UnsupportedModelError, match="LlamaModel.*without its head.*runner='pool"):
         LLM(bare, **LIMITS, runner="generate")
+
+
+def test_an_adapter(folders: Any, tmp_path: Path) -> None:
+    """Its vectors are others, and do not depend on what is beside them."""
+    config = json.loads((folders("mean") / "config.json").read_text())
+    adapter = write_adapter(tmp_path / "sql", random_adapter(config))
+    llm, texts = LLM(folders("mean"), **LIMITS, adapters={"sql": adapter}), prompts(3, 33, 61)
+    plain, adapted = embed(llm, texts), embed(llm, texts, adapter="sql")
+    assert all(one @ other < 0.9999 for one, other in zip(plain, adapted, strict=True))
+    for index, text in enumerate(texts):
+        assert equal(embed(llm, [text], adapter="sql"), adapted[index : index + 1])
+    assert equal(embed(llm, texts), plain)
 
 
 def test_tasks_of_an_event_loop(folders: Any, tmp_path: Path) -> None:
