@@ -28,7 +28,7 @@ ADD = {
 # What the template has of a message stands in the prompt as JSON, one a line.
 TEMPLATE = (
     "{% if tools %}<tool_call>{{ tools | tojson }}{{ '\n' }}{% endif %}"
-    "{% for m in messages %}{{ m | tojson }}{{ '\n' }}{% endfor %}" + GO
+    "{% for m in messages %}{{ m | tojson }}{{ '\n' }}{% endfor %}{# tool_calls #}" + GO
 )
 THINKING = (
     "{# </think> #}{% if enable_thinking is defined %}[{{ enable_thinking }}]{% endif %}"
