@@ -144,6 +144,29 @@ def test_calls_that_must_come(folder: Path, tool_format: ToolFormat) -> None:
     run(test)
 
 
+def test_calls_that_must_come_behind_thoughts(tmp_path: Path) -> None:
+    chain = {"<go>": "<think>", "<think>": "hmm", "hmm": "</think>"}
+    folder = write_parrot(tmp_path, chain, template="{{ tools }}</think><go>")
+    llm = LLM(folder, num_threads=1)
+
+    async def test() -> None:
+        async with serving(llm) as (client, service):
+            for tool_format in FORMATS:
+                service.markup = replace(service.markup, tools=tool_format)
+                body = {
+                    "messages": [{"role": "user", "content": "x"}],
+                    **{"tools": TOOLS[:1], "tool_choice": "required", "seed": 3},
+                    **{"temperature": 1, "max_tokens": 1500, "parallel_tool_calls": False},
+                }
+                (one,) = (await client.post(CHAT, json=body)).json()["choices"]
+                (call,) = one["message"]["tool_calls"]
+                assert one["message"]["reasoning"] == "hmm" and not one["message"]["content"]
+                assert call["function"]["name"] == "add"
+                assert {*json.loads(call["function"]["arguments"])} == {"x"}
+
+    run(test)
+
+
 def forced(pieces: list[str], tools: list[Any]) -> list[tuple[str, str]]:
     parser, calls = make_parser("qwen3_coder", forced=True, tools=tools), list[tuple[str, str]]()
     for piece in [each for text in pieces for each in parser.push(text)] + parser.finish():
