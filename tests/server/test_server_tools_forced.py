@@ -34,6 +34,12 @@ def tool(name: str, key: str, **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
+SPECIAL = [
+    *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>"),
+    *("<|tool_call|>", "<|/tool_call|>", "<function_calls>", "</function_calls>"),
+    *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>"),
+    *("<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
+]
 TOOLS = [tool("add", "x"), tool("send_mail", "to")]
 # The text of the calls, as the model writes it; <N> is a name, <A> its arguments.
 ONE = {
@@ -77,9 +83,8 @@ def written(tool_format: ToolFormat) -> str:
 @pytest.fixture(scope="module", params=["text", "special"])
 def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that says "no" of its own accord; marks of calls are text, or special tokens."""
-    marks = sorted({mark for marks in TAGS.values() for mark in marks})
     found: Path = tmp_path_factory.mktemp(request.param)
-    special = marks if request.param == "special" else []
+    special = SPECIAL if request.param == "special" else []
     chain = {"<go>": "no", "no": END}
     return write_parrot(found, chain, special=special, template="{{ tools }}<go>")
 
@@ -260,6 +265,7 @@ def test_strings_in_tags_are_free_or_chosen(tmp_path: Path) -> None:
                 arguments = json.loads(call["function"]["arguments"])
                 assert arguments["text"].endswith("<b>")
                 assert arguments["kind"] in ("a\n", "bc")
+                assert isinstance(arguments.get("count", 10), int)
                 keys.add(tuple(arguments))
             assert keys == {("text", "kind"), ("text", "kind", "count")}
 
