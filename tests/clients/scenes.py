@@ -19,7 +19,7 @@ TOLD = "<told>"
 # makes of a message is in the prompt as JSON, one a line.
 TEMPLATE = (
     "{% if tools %}<tool_call> {{ tools | tojson }}{{ '\n' }}{% endif %}"
-    "{% for m in messages %}{{ m | tojson }}{{ '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ m | tojson }}{{ '\n' }}{% endfor %}{# tool_calls #}"
     "{{ '" + TOLD + "' if messages[-1].role == 'tool' else messages[-1].content.split()[0] }}"
 )
 CALL_TOKENS = ("<tool_call>", '{"name": "add", "argu', 'ments": {"a": 2, "b": 3}}', "</tool_call>")
