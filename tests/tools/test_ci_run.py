@@ -1,0 +1,84 @@
+"""`.ci/run` with commands that do nothing: what it counts, and in which order it runs stages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("bash") is None, reason="needs Linux and bash"
+)
+
+# Says what it begins and ends; does for one target what the test asks for.
+_MAKE = """#!/bin/sh
+echo "begin $*" >>"$LOG"
+case "$*" in
+*native-neon*) eval "$NEON" ;;
+esac
+echo "end $*" >>"$LOG"
+"""
+_KILL_THE_STAGE = "kill -9 $(cut -d ' ' -f 4 /proc/$PPID/stat)"
+
+
+def run(folder: Path, *stages: str, neon: str = "") -> tuple[int, list[str], list[str]]:
+    """The exit code, what was printed, and what make was asked for."""
+    programs = folder / "programs"
+    programs.mkdir()
+    there = [
+        "ccache",
+        "chromium",
+        "slurmctld",
+        "slurmd",
+        "munged",
+        "apt-get",
+        "aarch64-linux-gnu-g++",
+    ]
+    scripts = dict.fromkeys([*there, "qemu-aarch64", "nvcc", "clang++"], "#!/bin/sh\n")
+    for name, text in {**scripts, "id": "#!/bin/sh\necho 0\n", "make": _MAKE}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
+    log = folder / "log"
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(folder / ".ci" / "run"), *stages],
+        env={**os.environ, "PATH": path, "LOG": str(log), "NEON": neon},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stderr == "" or neon  # bash says what was killed
+    return done.returncode, done.stdout.splitlines(), log.read_text().splitlines()
+
+
+def test_every_stage_counts_once(tmp_path: Path) -> None:
+    code, said, log = run(tmp_path)
+    count = sum(line.startswith("begin") for line in log)
+    assert (code, said[-1]) == (0, f"{count} passed, 0 failed, 0 skipped")
+    assert count > 10
+
+
+@pytest.mark.parametrize("neon", ["exit 3", _KILL_THE_STAGE])
+def test_a_stage_that_fails_beside_others_counts(tmp_path: Path, neon: str) -> None:
+    """Also where it is killed before it can say so."""
+    code, said, log = run(tmp_path, neon=neon)
+    count = sum(line.startswith("begin") for line in log)
+    assert (code, said[-1]) == (1, f"{count - 1} passed, 1 failed, 0 skipped")
+    (line,) = [line for line in said if line.startswith("neon ")]
+    assert "1 failed" in line and "FAILED" in line
+
+
+def test_stages_that_are_named_run_one_after_the_other(tmp_path: Path) -> None:
+    code, said, log = run(tmp_path, "neon", "tsan-native", neon="sleep 0.3")
+    assert log == [
+        f"{word} native-{name}" for name in ("neon", "tsan") for word in ("begin", "end")
+    ]
+    assert (code, said[-1]) == (0, "2 passed, 0 failed, 0 skipped")
