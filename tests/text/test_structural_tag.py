@@ -163,6 +163,28 @@ def test_special_tokens_may_stand_for_what_they_read(made: tuple[Tokenizer, Gram
         grammars.compile(wanted({"type": "token", "token": end_of_text}))
 
 
+def test_special_tokens_may_stand_within_what_ends_free_text(
+    made: tuple[Tokenizer, Grammars],
+) -> None:
+    tokenizer, grammars = made
+    special = sorted(tokenizer.special_ids.difference(tokenizer.eos_token_ids))[0]
+    name = f"\n{tokenizer.token(special)}."
+    five, line, dot = (tokenizer.encode(t, add_special_tokens=False)[0] for t in "5\n.")
+    called = [five, line, line, special, dot, five, line, special, dot]
+    for part, tokens, written in (
+        (tag("", ANY, name), called[:5], f"5\n{name}"),
+        ({"type": "sequence", "elements": [ANY, text(name)]}, called[:5], f"5\n{name}"),
+        (triggered([name], tag(name, NUMBER, name)), called, f"5\n{name}5{name}"),
+    ):
+        matcher = grammars.compile(wanted(part)).matcher(continues=True)
+        assert special not in allowed_tokens(matcher)[0]
+        for token in tokens:
+            assert token in allowed_tokens(matcher)[0]
+            matcher.accept(token)
+        assert matcher.allowed()[1]
+        assert follows(grammars, wanted(part), written)
+
+
 ENDLESS = "nothing says where this text ends"
 WRONG: list[tuple[Any, str]] = [
     ({"type": "sequence", "elements": [ANY, NUMBER]}, rf"format\.elements\[0\]: {ENDLESS}"),

@@ -141,8 +141,13 @@ class TagRules:
         texts = [json.dumps(end, ensure_ascii=False) for end in ends if isinstance(end, str)]
         found = [self._name(f"{terminal} ({' | '.join(texts)})", "[lazy]")] if texts else []
         for end in ends:
-            if isinstance(end, int) or self._special_text.match(end):
+            if isinstance(end, int):
                 found.append(f"{terminal} {self._spell(end)}")
+            elif special := self._special_text.search(end):  # which no terminal holds
+                before, rest = end[: special.start()], end[special.start() :]
+                text = f"{terminal} {json.dumps(before, ensure_ascii=False)}"
+                lead = self._name(text, letter="T") if before else terminal
+                found.append(f"{lead} {self._spell(rest)}")
         return f"({' | '.join(found)})"
 
     def _free(self, part: AnyText | Dispatch, ends: Ends) -> str:
