@@ -151,9 +151,10 @@ def test_arguments_are_texts_from_a_command_line(tmp_path: Path) -> None:
     assert wide.ray_actor_options["num_cpus"] == 8
     on_gpus = asked(device="cuda", tensor_parallel_size="2")
     assert on_gpus.ray_actor_options["num_gpus"] == 2
-    own = {"max_ongoing_requests": 5, "ray_actor_options": {"num_cpus": 2, "memory": 1 << 30}}
+    processor = {"num_cpus": 2, "memory": 1 << 30}
+    own = {"num_replicas": 2, "max_ongoing_requests": 5, "ray_actor_options": processor}
     changed = asked(deployment=own)
-    assert changed.max_ongoing_requests == 5
+    assert (changed.num_replicas, changed.max_ongoing_requests) == (2, 5)
     assert changed.ray_actor_options["num_cpus"] == 2
     assert changed.ray_actor_options["memory"] == 1 << 30
 

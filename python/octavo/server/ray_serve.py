@@ -58,12 +58,16 @@ def replicas(arguments: Replicas) -> serve.Application:
     else:
         config = replace(config, device="cpu", num_threads=config.num_threads or 1)
         takes = {"num_cpus": ranks * config.num_threads}
-    asked = {"name": "octavo", "max_ongoing_requests": config.max_num_seqs, **arguments.deployment}
+    asked = {
+        "name": "octavo",
+        "num_replicas": arguments.num_replicas,
+        "max_ongoing_requests": config.max_num_seqs,
+        **arguments.deployment,
+    }
     asked["ray_actor_options"] = {**takes, **asked.get("ray_actor_options", {})}
     model, adapters, server = arguments.model, arguments.adapters, arguments.server
     make = partial(Application, model, config=config, adapters=adapters, server=server)
-    made = serve.deployment(_replica(make), num_replicas=arguments.num_replicas, **asked)
-    return made.bind()
+    return serve.deployment(_replica(make), **asked).bind()
 
 
 def _replica(make: Callable[[], Application]) -> type:
