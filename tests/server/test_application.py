@@ -98,6 +98,8 @@ def test_what_is_wrong_is_said_at_once(model: str) -> None:
         Application(model, server={"colour": "red"})
     with pytest.raises(InvalidArgumentError, match="served_names is 'bird'; expected a list"):
         Application(model, server={"served_names": "bird"})
+    with pytest.raises(InvalidArgumentError, match="adapters has 'bird'.*names of their own"):
+        Application(model, adapters={"bird": model}, server={"served_names": ["a", "bird"]})
 
 
 def test_a_model_that_cannot_be_loaded_stops_the_server(model: str) -> None:

@@ -61,6 +61,11 @@ class Application:
             found = ServerOptions(**{**fields, **(server or {})})
         except TypeError as error:
             raise InvalidArgumentError(f"server: {error}; expected ServerOptions' fields") from None
+        for name in found.served_names:
+            if name in (adapters or {}):  # which requests would never reach
+                raise InvalidArgumentError(
+                    f"adapters has {name!r}, which the model is called; expected names of their own"
+                )
         config = config or EngineConfig(max_waiting_requests=512)  # as `octavo serve`
         load = partial(load_logged, path, config, adapters, **options)
         self.service = Service(found, load)
