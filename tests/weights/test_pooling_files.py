@@ -77,6 +77,13 @@ def test_a_head_that_is_there_is_not_loaded(folder: Path) -> None:
     assert "lm_head.weight" not in open_checkpoint(without_head(files))
 
 
+def test_the_head_of_a_gguf_file_is_not_loaded(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf")
+    files = read_model(tmp_path / "model.gguf")
+    assert "lm_head.weight" in open_checkpoint(files)
+    assert "lm_head.weight" not in open_checkpoint(without_head(files))
+
+
 def test_every_family_has_a_name_for_the_model_without_its_head() -> None:
     bare = {name: family for name, family in FAMILIES.items() if name != family.architecture}
     assert len(bare) == len({family.architecture for family in FAMILIES.values()})

@@ -169,7 +169,8 @@ def open_checkpoint(files: ModelFiles, load_format: str = "auto", seed: int = 0)
     if isinstance(files.folder, GgufFolder):
         family, source = files.folder.family, files.folder.parts
         weight_map = family.tensors.weight_map(files.spec)
-        ignored = tuple(map(re.escape, family.constants))
+        needless = (family.tensors.tensor("lm_head"),) * files.spec.tie_word_embeddings
+        ignored = tuple(map(re.escape, (*family.constants, *needless)))
     else:
         source = open_weight_files(files.path)
         weight_map = _without_prefix(weight_map, source, files.family.base_prefix)
