@@ -212,7 +212,8 @@ def _for_runner(
 
     pooling = find_pooling(files, config.runner)
     if pooling is None:
-        refuse_headless(files)
+        if config.load_format != "dummy":
+            refuse_headless(files)
         return files, config, None
     if config.speculative_config is not None:
         raise InvalidArgumentError(

@@ -334,7 +334,7 @@ def test_a_model_without_its_head(tmp_path: Path) -> None:
     whole = write_embedding_model(tmp_path / "whole")
     bare = write_embedding_model(tmp_path / "bare", headless=True, modules=False)
     assert equal(embed(LLM(bare, **LIMITS), texts), embed(LLM(whole, **LIMITS), texts))
-    with pytest.raises(UnsupportedModelError, match="LlamaModel.*without its head.*runner='pool"):
+    with pytest.raises(UnsupportedModelError, match="bare holds no head.*runner='pool"):
         LLM(bare, **LIMITS, runner="generate")
 
 

@@ -12,7 +12,7 @@ from gguf_families_helpers import write as write_family_gguf
 from text_helpers import sentencepiece_directory
 from weights_helpers import write_gguf
 
-from octavo import LLM
+from octavo import LLM, SamplingParams
 from octavo.cli import main
 from octavo.cli.info import describe
 from octavo.errors import UnsupportedModelError, WeightsError
@@ -229,6 +229,37 @@ def test_a_quantized_copy_keeps_the_modules(tmp_path: Path, headless: bool) -> N
     assert [llm.pooling for llm in llms] == [Pooling(96, "mean")] * 2
     one, other = (llm.embed([5, 6, 7], progress=False)[0].embedding for llm in llms)
     assert 0.99 < one @ other < 1
+
+
+def test_a_causal_model_without_a_head_is_one_of_embeddings(tmp_path: Path) -> None:
+    """The architecture has a head, the weights have none: as sentence-transformers may save it."""
+    folder = write_embedding_model(tmp_path / "model", headless=True)
+    change(folder / "config.json", architectures=["LlamaForCausalLM"])
+    assert "lm_head.weight" not in open_headless(read_model(folder))  # as `octavo pull` opens it
+    quantize_directory(folder, tmp_path / "int8", Scheme("int8"))
+    llm = LLM(tmp_path / "int8", device="cpu", num_threads=1, num_kv_blocks=40)
+    assert llm.embed([5, 6, 7], progress=False)[0].embedding.shape == (96,)
+    (folder / "modules.json").unlink()
+    with pytest.raises(WeightsError, match=r"lm_head\.weight is missing"):
+        open_headless(read_model(folder))
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+def test_a_head_that_is_stored_beside_a_bare_model_makes_texts(
+    tmp_path: Path, scheme: str | None
+) -> None:
+    folder = write_embedding_model(tmp_path / "model", modules=False)
+    options: dict[str, Any] = {"device": "cpu", "num_threads": 1, "num_kv_blocks": 40}
+    params = SamplingParams(max_tokens=5)
+    change(folder / "config.json", architectures=["LlamaModel"])
+    if scheme is not None:
+        folder, source = tmp_path / "quantized", folder
+        quantize_directory(source, folder, Scheme(scheme))
+    assert find_pooling(read_model(folder)) == Pooling(96)
+    found = LLM(folder, **options, runner="generate").generate([5, 6], params, progress=False)
+    change(folder / "config.json", architectures=["LlamaForCausalLM"])
+    expected = LLM(folder, **options).generate([5, 6], params, progress=False)
+    assert found[0].outputs[0].token_ids == expected[0].outputs[0].token_ids
 
 
 def test_what_makes_no_embedding_needs_a_head(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.codes import CompressedMatrix, Layout, pack_words, pack_zeros
 from octavo.weights.compressed_tensors import choose_layout, make_quantization_config
 from octavo.weights.model_files import ModelFiles, read_model
-from octavo.weights.pooling import MODULE_CONFIGS, is_headless, open_headless, without_head
+from octavo.weights.pooling import MODULE_CONFIGS, lacks_head, open_headless, without_head
 from octavo.weights.reader import whole_tensor
 from octavo.weights.safetensors import make_header
 from octavo.weights.stored import stack_of
@@ -142,7 +142,7 @@ def new_directory(target: Path, what: str) -> Iterator[Path]:
 def open_float_model(source: Path) -> tuple[ModelFiles, Checkpoint]:
     """A model that can be quantized, of floats or FP8; InvalidArgumentError if it has codes."""
     files = read_model(source, "auto")
-    files = without_head(files) if is_headless(files) else files
+    files = without_head(files) if lacks_head(files) else files
     checkpoint = open_checkpoint(files)
     if checkpoint.formats:
         raise InvalidArgumentError(

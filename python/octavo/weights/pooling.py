@@ -24,6 +24,7 @@ from octavo.models.pooling import Pooling, PoolingKind
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.model_files import ModelFiles
+from octavo.weights.safetensors import open_weight_files
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
@@ -78,14 +79,29 @@ def is_headless(files: ModelFiles) -> bool:
     return any(name in files.family.aliases for name in names)
 
 
+def lacks_head(files: ModelFiles) -> bool:
+    """Whether the weights of what may be an embedding model hold no head, and it is not tied.
+
+    The architecture does not say: a `Qwen3ForCausalLM` may be saved without its head, and beside a
+    `LlamaModel` one may be stored. Raises what opening the weights raises.
+    """
+    folder = files.folder
+    if files.spec.tie_word_embeddings or not isinstance(folder, Path):
+        return False
+    if not is_headless(files) and not (folder / "modules.json").is_file():
+        return False
+    head = files.family.tensors.tensor("lm_head").removesuffix("weight")
+    return not any(name.startswith(head) for name in open_weight_files(folder).infos)
+
+
 def without_head(files: ModelFiles) -> ModelFiles:
     """The model as one that needs no head: vectors come from before it, so none is loaded."""
     return replace(files, spec=replace(files.spec, tie_word_embeddings=True))
 
 
 def open_headless(files: ModelFiles) -> Checkpoint:
-    """As `open_checkpoint`, and without a head where the architecture has none."""
-    return open_checkpoint(without_head(files) if is_headless(files) else files)
+    """As `open_checkpoint`, also of an embedding model whose weights hold no head."""
+    return open_checkpoint(without_head(files) if lacks_head(files) else files)
 
 
 def pooling_notes(files: ModelFiles, tokenizer: Tokenizer | None) -> tuple[str, ...]:
@@ -112,11 +128,10 @@ def pooling_notes(files: ModelFiles, tokenizer: Tokenizer | None) -> tuple[str, 
 
 def refuse_headless(files: ModelFiles) -> None:
     """UnsupportedModelError for a model that is to make texts and has nothing to make them with."""
-    if is_headless(files) and not files.spec.tie_word_embeddings:
+    if lacks_head(files):
         raise UnsupportedModelError(
-            f"config.json: architectures is {files.config['architectures']!r}, a model without "
-            "its head, and tie_word_embeddings is false; expected runner='pooling', since it gives "
-            "embeddings and no texts"
+            f"{files.path} holds no head, and config.json has tie_word_embeddings false; expected "
+            "runner='pooling', since it gives embeddings and no texts"
         )
 
 
