@@ -22,6 +22,7 @@ from octavo.quantization.plan import Scheme
 from octavo.quantize.writer import quantize_directory
 from octavo.text.tokenizer import Tokenizer
 from octavo.weights.checkpoint import open_checkpoint
+from octavo.weights.convert import convert_gguf
 from octavo.weights.huggingface import _is_small_file
 from octavo.weights.model_files import read_model
 from octavo.weights.pooling import find_pooling, open_headless, pooling_notes, without_head
@@ -286,10 +287,32 @@ def test_the_metadata_of_a_gguf_file(tmp_path: Path, number: int | None, kind: A
     assert find_pooling(read_model(path), "pooling") is not None
 
 
+@pytest.mark.parametrize(("number", "kind"), [(1, "mean"), (2, "first"), (3, "last")])
+def test_what_is_made_of_a_gguf_file_gives_the_same_embeddings(
+    tmp_path: Path, number: int, kind: Any
+) -> None:
+    """Pulled, and quantized."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, metadata={"llama.pooling_type": number})
+    pulled = tmp_path / "pulled"
+    pulled.mkdir()
+    convert_gguf(path, pulled, "f32")
+    quantize_directory(path, tmp_path / "int8", Scheme("int8"))
+    options: dict[str, Any] = {"device": "cpu", "num_threads": 1, "num_kv_blocks": 40}
+    llms = [LLM(each, **options) for each in (path, pulled, tmp_path / "int8")]
+    assert {llm.pooling.kind for llm in llms if llm.pooling is not None} == {kind}
+    first, second, third = (llm.embed([5, 6, 7], progress=False)[0].embedding for llm in llms)
+    assert first.tobytes() == second.tobytes() and first @ third > 0.98
+
+
 def test_gguf_files_that_are_refused(tmp_path: Path) -> None:
     write_family_gguf(tmp_path / "a.gguf", "qwen3", pooling_type=4)
     with pytest.raises(UnsupportedModelError, match=r"qwen3\.pooling_type is 4; supported: 1 \(m"):
         find_pooling(read_model(tmp_path / "a.gguf"))
+    (tmp_path / "pulled").mkdir()
+    with pytest.raises(UnsupportedModelError, match="pooling_type is 4"):
+        convert_gguf(tmp_path / "a.gguf", tmp_path / "pulled")
+    assert not any((tmp_path / "pulled").iterdir())
     write_family_gguf(tmp_path / "b.gguf", "qwen3", attention__causal=False)
     with pytest.raises(UnsupportedModelError, match=r"attention\.causal is False"):
         find_pooling(read_model(tmp_path / "b.gguf"))

@@ -33,7 +33,13 @@ from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.codes import CompressedMatrix, Layout, pack_words, pack_zeros
 from octavo.weights.compressed_tensors import choose_layout, make_quantization_config
 from octavo.weights.model_files import ModelFiles, read_model
-from octavo.weights.pooling import MODULE_CONFIGS, lacks_head, open_headless, without_head
+from octavo.weights.pooling import (
+    MODULE_CONFIGS,
+    lacks_head,
+    open_headless,
+    without_head,
+    write_modules,
+)
 from octavo.weights.reader import whole_tensor
 from octavo.weights.safetensors import make_header
 from octavo.weights.stored import stack_of
@@ -94,6 +100,7 @@ def quantize_directory(
         calibrated = calibrate(files, checkpoint, formats)
     with new_directory(target, _WHAT) as staging:
         copy_files(files.folder, staging)
+        write_modules(files, staging)
         config = {**files.config, "quantization_config": _config(files, formats)}
         write_durably(staging / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         writer = _Writer(files, checkpoint, formats, scheme.method, importance or {}, calibrated)

@@ -17,6 +17,7 @@ from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.gguf_folder import GgufFolder
 from octavo.weights.gguf_parts import OutputDType
 from octavo.weights.model_files import read_folder
+from octavo.weights.pooling import write_modules
 from octavo.weights.reader import whole_tensor
 from octavo.weights.safetensors import make_header
 from octavo.weights.tensor import float32_to_bf16
@@ -26,6 +27,8 @@ def convert_gguf(
     path: Path, directory: Path, dtype: OutputDType = "auto", progress: Progress = NO_PROGRESS
 ) -> None:
     """Write config.json, model.safetensors, tokenizer and generation config into `directory`.
+
+    Of an embedding model also the files that say how its vectors are made.
 
     path: the file, or any part of a split one. dtype: of the weights, see `GgufParts`.
 
@@ -37,6 +40,7 @@ def convert_gguf(
     files = read_folder(folder)
     checkpoint = open_checkpoint(files)
     texts = {file.name: file.read_bytes() for file in folder.iterdir()}
+    write_modules(files, directory)
     for name, text in texts.items():
         write_durably(directory / name, text)
     _write_safetensors(directory / "model.safetensors", checkpoint, files.weight_map, progress)

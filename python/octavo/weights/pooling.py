@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import UnsupportedModelError
+from octavo.files import write_durably
 from octavo.models.fields import Fields, Limit, describe, read_json_object
 from octavo.models.pooling import Pooling, PoolingKind
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
@@ -102,6 +103,26 @@ def without_head(files: ModelFiles) -> ModelFiles:
 def open_headless(files: ModelFiles) -> Checkpoint:
     """As `open_checkpoint`, also of an embedding model whose weights hold no head."""
     return open_checkpoint(without_head(files) if lacks_head(files) else files)
+
+
+def write_modules(files: ModelFiles, target: Path) -> None:
+    """Write what the metadata of a GGUF file say of vectors as sentence-transformers' files.
+
+    Nothing for a directory, whose own files are copied, and for a model that makes texts.
+    """
+    pooling = find_pooling(files) if isinstance(files.folder, GgufFolder) else None
+    if pooling is None:
+        return
+    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [
+        {"idx": index, "path": path, "type": f"sentence_transformers.models.{name}"}
+        for index, (name, path) in enumerate(paths.items())
+    ]
+    mode = next(name for name, kind in _KINDS.items() if kind == pooling.kind)
+    config = {"word_embedding_dimension": pooling.dimensions, "pooling_mode": mode}
+    (target / paths["Pooling"]).mkdir()
+    for name, values in (("modules.json", modules), ("1_Pooling/config.json", config)):
+        write_durably(target / name, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def pooling_notes(files: ModelFiles, tokenizer: Tokenizer | None) -> tuple[str, ...]:
