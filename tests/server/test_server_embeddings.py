@@ -145,9 +145,14 @@ def test_each_kind_of_model_has_routes_of_its_own(llm: LLM, tmp_path: Path) -> N
             for path, body in (
                 ("/v1/chat/completions", {"messages": messages}),
                 ("/v1/completions", {"prompt": "a"}),
+                ("/v1/responses", {"input": "a"}),
             ):
                 error = error_of(await client.post(path, json=body), 400)
                 assert error["param"] == "model" and EMBEDDINGS in error["message"]
+                assert "--runner generate" in error["message"]
+            body = {"messages": messages, "max_tokens": 3}
+            response = await client.post("/v1/messages", json=body)
+            assert response.status_code == 400 and "gives embeddings" in response.text
             answer = (await client.post("/tokenize", json={"prompt": "a"})).json()
             assert answer["count"] == 1
         async with serving(fake_llm(tmp_path)) as (client, _):

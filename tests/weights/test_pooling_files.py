@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,9 @@ MODULES: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("modules", "message"), MODULES, ids=str)
 def test_modules_that_are_refused(folder: Path, modules: Any, message: str) -> None:
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UnsupportedModelError, match=message):
+    with pytest.raises(UnsupportedModelError, match=f"{message}.* runner='generate'"):
         find_pooling(read_model(folder))
+    assert find_pooling(read_model(folder), "generate") is None
     (folder / "modules.json").write_text("[")
     with pytest.raises(UnsupportedModelError, match=r"modules\.json cannot be read"):
         find_pooling(read_model(folder))
@@ -328,3 +330,23 @@ def test_octavo_info_says_so(
     assert describe(read_model(bare))["embeddings"] == str(Pooling(96))
     plain = write_embedding_model(tmp_path / "plain", modules=False)
     assert describe(read_model(plain))["embeddings"] is None
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "batch"])
+def test_commands_that_make_texts_refuse_an_embedding_model(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """Before its weights are read, unless they are told that it makes texts."""
+    folder = write_embedding_model(tmp_path / "model", tokenizer=True)
+    change(folder / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
+    (tmp_path / "in").write_text("a ship")
+    files = [str(tmp_path / "in"), str(tmp_path / "out")]
+    own = {"generate": ["a ship", "--raw"], "chat": [], "batch": [*files, "--raw"]}[command]
+    words = [command, *own, "-m", str(folder), "--device", "cpu", "--max-tokens", "3"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a ship\n")))
+    with monkeypatch.context() as patch:
+        patch.setattr("octavo.llm.LLM.__init__", None)
+        assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "model gives embeddings and makes no texts" in said and "--runner generate" in said
+    assert main([*words, "--runner", "generate"]) == 0

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from octavo.prompts import EncodedPrompt
 
 
-@engine_options("max_num_seqs", "seed")
+@engine_options("runner", "max_num_seqs", "seed")
 def batch(
     *,
     input_file: Annotated[Path, argument("One prompt per line: plain text, or JSON.", "IN.jsonl")],

@@ -141,10 +141,12 @@ def describe_run(
     from octavo.weights.fingerprint import adapter_digest, model_digest
     from octavo.weights.hub import DEFAULT_MODEL, resolve_model
     from octavo.weights.model_files import read_model
+    from octavo.weights.pooling import refuse_embeddings
 
     environment = read_environment()
     directory = resolve_model(model, environment)
     files = read_model(directory)
+    refuse_embeddings(files, config.runner)
     checkpoint = open_checkpoint(files, config.load_format, config.seed)
     device = resolve_device(config.device, _native.available_devices())
     resolved = resolve_options(files.spec, checkpoint.dtype, config, environment, device)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _QUOTES = '"""'
 
 
-@engine_options()
+@engine_options("runner")
 @sampling_options(without=("n",), max_tokens=1024, temperature=0.6, top_p=0.9)
 def chat(
     *,

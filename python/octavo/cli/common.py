@@ -96,21 +96,24 @@ def load_llm(
     """The model in memory, with a bar on a terminal; fetches smollm2-135m where it is missing.
 
     adapters: LoRA adapters, name -> folder. quiet: no bar, and no notes about the weights.
-    needs_text: a folder without a tokenizer is a TokenizerError, before the weights are read.
+    needs_text: a folder without a tokenizer is a TokenizerError, and an embedding model an
+    InvalidArgumentError, before the weights are read.
     """
     from octavo.config import read_environment
     from octavo.llm import LLM
     from octavo.text.tokenizer import Tokenizer, holds_tokenizer
     from octavo.weights.hub import DEFAULT_MODEL, resolve_model
     from octavo.weights.model_files import read_model
+    from octavo.weights.pooling import refuse_embeddings
 
     path = resolve_model(model, read_environment())
     if needs_text and path.is_dir():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # loading warns again
-            folder = read_model(path).folder
-        if not holds_tokenizer(folder):
-            Tokenizer(folder)  # its error has the commands that make one
+            files = read_model(path)
+        refuse_embeddings(files, config.runner)
+        if not holds_tokenizer(files.folder):
+            Tokenizer(files.folder)  # its error has the commands that make one
     stage = f"loading {Path(model or DEFAULT_MODEL).name}"
     with progress_bar("bytes", quiet=quiet) as bar:
         on_load = partial(bar.update, stage)

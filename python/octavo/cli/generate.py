@@ -76,7 +76,7 @@ class Beams:
     ] = 1.0
 
 
-@engine_options()
+@engine_options("runner")
 @sampling_options("logprobs", "prompt_logprobs", temperature=0.0)
 @grouped
 def generate(

@@ -157,7 +157,8 @@ class Service:
         if model.pooling is not None:
             raise bad_request(
                 f"the model {self.name!r} gives embeddings and makes no texts: ask it at "
-                "/v1/embeddings, or start the server with a model that makes texts",
+                "/v1/embeddings, or start the server with a model that makes texts, or with "
+                "--runner generate",
                 "model",
             )
         return model

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import UnsupportedModelError
+from octavo.errors import InvalidArgumentError, UnsupportedModelError
 from octavo.files import write_durably
 from octavo.models.fields import Fields, Limit, describe, read_json_object
 from octavo.models.pooling import Pooling, PoolingKind
@@ -57,8 +57,17 @@ def find_pooling(files: ModelFiles, runner: str = "auto") -> Pooling | None:
     token's state, normalized. "generate" takes it as one that makes texts.
     Raises UnsupportedModelError, with the field or module, for what octavo does not compute.
     """
-    if runner == "generate":
-        return None
+    try:
+        return None if runner == "generate" else _find_pooling(files, runner)
+    except UnsupportedModelError as error:
+        if runner != "auto":
+            raise
+        raise UnsupportedModelError(
+            f"{error}. With runner='generate', or --runner generate, it makes texts"
+        ) from error
+
+
+def _find_pooling(files: ModelFiles, runner: str) -> Pooling | None:
     pooling = Pooling(files.spec.hidden_size)
     if isinstance(files.folder, GgufFolder):
         kind = _gguf_kind(files.folder)
@@ -145,6 +154,16 @@ def pooling_notes(files: ModelFiles, tokenizer: Tokenizer | None) -> tuple[str, 
                 f"anew, or end each text with {tokenizer.eos_token}"
             )
     return tuple(notes)
+
+
+def refuse_embeddings(files: ModelFiles, runner: str) -> None:
+    """InvalidArgumentError for an embedding model in a command that makes texts."""
+    if find_pooling(files, runner) is not None:
+        raise InvalidArgumentError(
+            f"{files.path.name} gives embeddings and makes no texts: `octavo serve` has its "
+            "vectors at /v1/embeddings, llm.embed in Python. --runner generate takes it as a model "
+            "of texts"
+        )
 
 
 def refuse_headless(files: ModelFiles) -> None:
