@@ -172,6 +172,18 @@ def test_every_request_has_an_end(log: LogFile) -> None:
     assert result.engine.blocks.num_free_blocks == 36
 
 
+def test_prompts_that_are_computed_alone_are_replayed_so() -> None:
+    """Those that were scored, or embedded: no token is sampled."""
+    prompts = [replace(each, num_output_tokens=0, n=1, abort_after=None) for each in traffic()]
+    first = simulate(prompts, options(), 120)
+    log = log_of(first.engine.events)
+    assert first.engine.stats().num_sampled_tokens == 0
+    assert {output.outputs[0].finish_reason for output in first.outputs.values()} == {"length"}
+    again = simulate(arrivals_of(log), options(), 120)
+    assert again.engine.num_steps == first.engine.num_steps
+    assert again.engine.stats().num_sampled_tokens == 0
+
+
 def test_policies_can_be_told_apart(log: LogFile) -> None:
     base = summarize(simulated(400))
     alone = summarize(simulated(400, max_num_seqs=1))

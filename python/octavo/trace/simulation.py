@@ -22,6 +22,7 @@ from octavo.engine.adjustments import Float32, LogitAdjustments
 from octavo.engine.batch import Int32
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import RequestOutput
+from octavo.engine.pooling import EMBED
 from octavo.engine.request import FinishReason
 from octavo.engine.search import Candidates, Move
 from octavo.errors import InvalidArgumentError, QueueFullError
@@ -315,6 +316,8 @@ class Simulation:
             self.clock.now = now
 
     def _params_of(self, arrival: Arrival) -> tuple[SamplingParams, RecordedSearch | None]:
+        if not arrival.num_output_tokens:  # its prompt was scored, or embedded
+            return EMBED, None
         lengths = [end.num_output_tokens for end in arrival.ends] or [arrival.num_output_tokens]
         # No more than this cache holds, which may be smaller than the log's.
         length = arrival.num_prompt_tokens
