@@ -23,7 +23,7 @@ _HEADINGS = (
 )
 
 
-@engine_options()
+@engine_options("runner")
 def bench_spec(
     *,
     model: ModelArgument = None,
