@@ -17,6 +17,7 @@ from server_helpers import RawClient, error_of, fake_llm, listening, run, server
 
 from octavo import LLM
 from octavo.engine.pooling import normalized
+from octavo.server import formats
 
 EMBEDDINGS = "/v1/embeddings"
 TEXTS = ["The capital of France is Paris.", "a ship", "naïve café " * 9]
@@ -76,6 +77,30 @@ def test_texts_and_token_ids(llm: LLM, expected: list[np.ndarray], encoding: str
                 assert all(isinstance(entry["embedding"], kind) for entry in answer["data"])
                 found = vectors_of(answer)
                 assert [x.tobytes() for x in found] == [x.tobytes() for x in wanted]
+
+    run(test)
+
+
+def test_vectors_are_written_beside_the_event_loop(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, so that others get their turns: a million numbers take a second."""
+    written: list[tuple[int, str]] = []
+
+    def to_json(value: Any) -> str:
+        text = formats.to_json(value)
+        written.append((threading.get_ident(), text))
+        return text
+
+    monkeypatch.setattr("octavo.server.embeddings.to_json", to_json)
+
+    async def test() -> None:
+        async with serving(llm) as (client, _):
+            response = await client.post(EMBEDDINGS, json={"input": TEXTS})
+            assert len(response.json()["data"]) == len(TEXTS)
+        assert sum("index" in text for _, text in written) == len(TEXTS)
+        assert max(text.count('"index"') for _, text in written) == 1
+        assert threading.get_ident() not in {thread for thread, _ in written}
 
     run(test)
 

@@ -48,6 +48,10 @@ class WholeFormat(ABC):
     def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
 
+    async def text(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> str:
+        """The same as JSON."""
+        return to_json(self.whole(results, usage))
+
 
 class Format(WholeFormat):
     """One of the APIs for texts. Choices are counted over all prompts and answers."""

@@ -74,7 +74,7 @@ class ResponseWriter:
             return result
 
         results = await asyncio.gather(*map(result_of, self.streams))  # the first error at once
-        content = to_json(self.answer_format.whole(results, usage_of(*self._count_tokens())))
+        content = await self.answer_format.text(results, usage_of(*self._count_tokens()))
         return Response(content.encode(), media_type="application/json")
 
     async def _events(self, body: SamplingBody, answer_format: Format) -> AsyncIterator[str]:
