@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -179,6 +180,27 @@ def test_half_of_a_surrogate_can_be_sent(tool_format: ToolFormat) -> None:
             call = parse(name, [write([("f", {"a": "SURROGATE"})]).replace("SURROGATE", "\\ud800")])
             (one,) = call[1]
             assert json.loads(one.arguments.encode()) == {"a": "\ud800"}
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": <V>}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": "<V>"}</tool_call>'),
+        ("llama3_json", '{"name": "f", "parameters": <V>}'),
+        (
+            "qwen3_coder",
+            "<tool_call><function=f><parameter=list><V></parameter></function></tool_call>",
+        ),
+    ],
+)
+def test_values_of_any_depth_are_read_or_shown(tool_format: ToolFormat, text: str) -> None:
+    """There are depths that Python reads, and does not write."""
+    limit = sys.getrecursionlimit()
+    for depth in [*range(limit - 200, limit + 1), 10 * limit]:
+        whole = text.replace("<V>", "[" * depth + "]" * depth)
+        shown, calls = parse(tool_format, [whole])
+        assert (shown, len(calls)) in ((whole, 0), ("", 1))
 
 
 @pytest.mark.parametrize(

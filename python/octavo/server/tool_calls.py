@@ -44,12 +44,14 @@ def short_id() -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON text that can be sent; a ValueError for numbers that JSON has not."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    """JSON text that can be sent; a ValueError for numbers that JSON has not, and for depth."""
     try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except UnicodeEncodeError:  # half of a pair of surrogates
         return json.dumps(value)
+    except RecursionError as error:  # what is read just so may be too deep to be written
+        raise ValueError("too many values within each other") from error
     return text
 
 

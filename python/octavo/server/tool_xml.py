@@ -49,7 +49,10 @@ class Qwen3CoderParser(MarkedParser):
             if end is None:
                 return [], ""
             at = end.end()
-            calls.append(ToolCall(head[1], to_json(found)))
+            try:
+                calls.append(ToolCall(head[1], to_json(found)))
+            except ValueError:  # one value was just not too deep by itself
+                return [], ""
         return ([], "") if text[at:].strip() else (calls, "")
 
     def is_within(self, text: str) -> bool:
