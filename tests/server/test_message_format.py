@@ -14,7 +14,7 @@ from message_helpers import events_of, plain, put_together
 from octavo.engine.outputs import CompletionOutput, OutputChunk, RequestMetrics, RequestOutput
 from octavo.server.answers import Markup, Reading
 from octavo.server.errors import ApiError
-from octavo.server.formats import Head, usage_of
+from octavo.server.formats import Head, to_json, usage_of
 from octavo.server.message_format import MessageFormat, blocks_of, object_text
 from octavo.server.reasoning import REASONING
 
@@ -161,6 +161,23 @@ def test_an_object_that_was_cut_anywhere_is_an_object(value: Any, data: st.DataO
     assert found["input"].keys() <= value.keys()
     if cut == len(written):
         assert found["input"] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (f'{{"a": {"1" * 5000}}}', {}),
+        (f'{{"a": {"1" * 5000}, "b": ', {}),
+        ('{"a": 1e999}', {}),
+        ('{"a": ' * 5000, {}),
+        (r'{"a": "x\ud800", "b": 1}', {"a": "x?", "b": 1}),
+        (r'{"a": "x\ud83d\ude00", "b": 1', {"a": "x\U0001f600"}),
+    ],
+)
+def test_an_input_that_json_can_hold_and_a_body_cannot(arguments: str, found: Any) -> None:
+    message = whole(FORCED, f'<tool_call>\n{{"name": "f", "arguments": {arguments}', "length")
+    assert content_of(message) == [call(found)]
+    assert json.loads(to_json(message).encode()) == message
 
 
 @pytest.mark.parametrize("arguments", ["NaN", '{"a": NaN}', '{"a": 1e999}', "[1", "[" * 99999])

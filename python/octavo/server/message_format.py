@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -195,13 +196,21 @@ def object_text(arguments: str) -> str:
 
 
 def _read_object(text: str) -> dict[str, Any]:
-    """The object; of one that was cut off what was whole, down to its members' members."""
-    try:
-        return dict(json.loads(text or "{}"))
-    except RecursionError:  # deeper than Python reads
-        return {}
-    except ValueError:
-        pass
+    """The object; of one that was cut off what was whole, down to its members' members.
+
+    {} for what no body can hold: numbers of thousands of digits, objects too deep for Python.
+    """
+    with contextlib.suppress(RecursionError):
+        for part_of in (str, _whole_part):
+            with contextlib.suppress(ValueError):
+                value = json.loads(part_of(text) or "{}")
+                found = json.dumps(value, ensure_ascii=False, allow_nan=False)
+                return dict(json.loads(found.encode(errors="replace")))  # half pairs of surrogates
+    return {}
+
+
+def _whole_part(text: str) -> str:
+    """The beginning of an object as far as its members are whole, and brackets that close it."""
     end, closing, open_brackets = 0, "{}", ""
     in_string = is_escaped = False
     for index, character in enumerate(text):
@@ -217,7 +226,7 @@ def _read_object(text: str) -> dict[str, Any]:
         elif character != ",":
             continue
         end, closing = index + (character != ","), open_brackets
-    return dict(json.loads(text[:end] + closing))
+    return text[:end] + closing
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, int]:
