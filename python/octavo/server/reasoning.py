@@ -53,25 +53,31 @@ class Reasoning:
 
 
 class ReasoningParser:
-    """Cuts the thinking out of one answer. White space beside the tags belongs to neither part."""
+    """Cuts the thinking out of one answer. White space beside the tags belongs to neither part.
+
+    Where an answer begins within the thinking, the first tag may come nonetheless.
+    """
 
     def __init__(self, tags: ReasoningTags, start: Start) -> None:
         self._tags = tags
         self._place: Start = start
         self._held = ""
+        self._may_begin = start != "behind"  # with the first tag
         self._is_bare = start == "inside"  # nothing but space has come behind the last tag
 
     def push(self, text: str) -> list[str | Reasoning]:
         """What this text makes certain."""
         self._held += text
         pieces: list[str | Reasoning] = []
-        if self._place == "before":
+        if self._may_begin:
             begin, found = self._tags.begin, self._held.lstrip()
             if begin.startswith(found) and found != begin:
                 return []
-            self._place = "inside" if found.startswith(begin) else "behind"
-            if self._place == "inside":
-                self._held, self._is_bare = found[len(begin) :], True
+            self._may_begin = False
+            if found.startswith(begin):
+                self._held, self._place, self._is_bare = found[len(begin) :], "inside", True
+            elif self._place == "before":
+                self._place = "behind"
         if self._place == "inside":
             thought, found, rest = self._held.partition(self._tags.end)
             if not found:
