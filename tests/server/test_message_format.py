@@ -135,6 +135,13 @@ def test_the_input_of_a_call_that_was_cut_off() -> None:
         assert "".join(delta["partial_json"] for delta in deltas) == cut
 
 
+def test_a_call_that_a_stop_token_cuts_off_is_no_use_of_a_tool() -> None:
+    answer = CALL[: CALL.index("}")]
+    message = whole(FORCED, answer)
+    assert (content_of(message), message["stop_reason"]) == ([call({"a": [1]})], "end_turn")
+    assert put_together(events_of(streamed(FORCED, [CALL])))["stop_reason"] == "tool_use"
+
+
 @given(
     st.dictionaries(
         st.text(max_size=3),

@@ -76,7 +76,7 @@ class MessageFormat(Format):
             reason = "max_tokens"
         elif isinstance(stop_reason, str):
             reason, sequence = "stop_sequence", stop_reason
-        elif self._parser.num_calls:
+        elif self._parser.ends_with_call:
             reason = "tool_use"
         self._end = {"stop_reason": reason, "stop_sequence": sequence}
         return [*events, *self._blocks.finish()]
