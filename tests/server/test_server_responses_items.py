@@ -47,9 +47,9 @@ class Letters:
         return bytes([token_id])
 
 
-def make_format(logprobs: bool = False) -> ResponsesFormat:
+def make_format(logprobs: bool = False, forced: bool = False) -> ResponsesFormat:
     places: Any = partial(TokenPlaces, Letters(), continues=False) if logprobs else None
-    reading = Reading(Markup("hermes", REASONING["qwen3"]))
+    reading = Reading(Markup("hermes", REASONING["qwen3"]), forced=forced)
     body = ResponsesBody(input="x")
     echo = {**body.echo(), "temperature": 1.0, "top_p": 1.0}
     return ResponsesFormat(
@@ -94,6 +94,13 @@ def test_however_the_text_is_cut(fragments: list[str], data: st.DataObject, reas
     kinds = [kind for kind, _ in shown(whole)]
     assert "reasoning" not in kinds[1:]
     assert all(a != b for a, b in pairwise(kinds) if a == "message")
+
+
+def test_a_call_that_a_stop_string_cuts_off_is_incomplete() -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}'
+    for text, status in ((call, "completed"), (call[:-3], "incomplete")):
+        whole = make_format(forced=True).whole([result_of(text, None)], USAGE)
+        assert (whole["status"], whole["output"][0]["status"]) == ("completed", status)
 
 
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=14), st.data())

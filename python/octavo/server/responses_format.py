@@ -230,7 +230,9 @@ class ResponsesFormat(ChatFormat):
             is_closed = self._thinking_end in token_ids
             number = token_ids.index(self._thinking_end) + 1 if is_closed else len(token_ids)
             self._num_thinking = number
-        return events + self._finish(self._status)
+        is_cut_off = self._open is not None and self._open.kind == "function_call"
+        is_cut_off = is_cut_off and not self._parser.ends_with_call  # by a stop string
+        return events + self._finish("incomplete" if is_cut_off else self._status)
 
     def _show(self, pieces: Iterable[Piece]) -> str:
         events = ""
