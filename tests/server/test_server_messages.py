@@ -210,8 +210,10 @@ def test_an_answer_of_a_schema(tmp_path: Path) -> None:
     pytest.importorskip("llguidance", reason="needs llguidance: pip install llguidance")
     llm = load(tmp_path, {"<go>": "no", "no": END})
     wanted = {"format": {"type": "json_schema", "schema": ADD["input_schema"]}}
-    message = ask_both(llm, output_config=wanted)
-    assert 10 <= json.loads(message["content"][0]["text"])["a"] <= 99
+    forms: list[dict[str, Any]] = [{"output_config": wanted}, {"output_format": wanted["format"]}]
+    for fields in forms:
+        message = ask_both(llm, **fields)
+        assert 10 <= json.loads(message["content"][0]["text"])["a"] <= 99
     message = ask_both(llm, guided_choice=["yes"])
     assert message["content"][0]["text"] == "yes"
 

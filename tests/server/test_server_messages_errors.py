@@ -49,6 +49,7 @@ def talk(*blocks: Any, role: str = "user") -> dict[str, Any]:
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA"}}
 RESULT = {"type": "tool_result", "tool_use_id": "1"}
 ANSWER = {"role": "assistant", "content": "So"}
+OLD_SCHEMA = {"output_format": {"type": "json_schema", "schema": {"type": "object"}}}
 SCHEMA = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}
 WRONG: list[tuple[dict[str, Any], str]] = [
     # fields, the message's beginning
@@ -126,6 +127,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "output_config.format",
     ),
     ({**SCHEMA, "response_format": {"type": "json_object"}}, "output_config.format is given"),
+    ({**SCHEMA, **OLD_SCHEMA}, "output_config.format is given beside output_format"),
+    ({**OLD_SCHEMA, "guided_regex": "a"}, "output_format is given beside guided_regex"),
+    ({**OLD_SCHEMA, "messages": [*USER, ANSWER]}, "output_format says what the whole"),
     ({**SCHEMA, "guided_regex": "a"}, "output_config.format is given beside guided_regex"),
     ({**SCHEMA, "messages": [*USER, ANSWER]}, "output_config.format says what the whole"),
     (

@@ -81,6 +81,7 @@ class CountTokensBody(Body):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # the older name of output_config.format
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # What runs or keeps something at Anthropic's; refused.
@@ -129,7 +130,7 @@ def to_chat(body: CountTokensBody) -> tuple[ChatBody, str]:
         chat["include_reasoning"] = False
     found = ChatBody.model_validate(chat)
     if begun:
-        _check_beginning(found)
+        _check_beginning(body, found)
     return found, begun
 
 
@@ -159,8 +160,8 @@ def reading_of(chat: ChatBody, markup: Markup, prompt: EncodedPrompt, begun: str
 def fields_as_sent(body: CountTokensBody) -> Iterator[None]:
     """Let errors about the chat name the fields of `body`."""
     names = {r"tools\[(\d+)\]\.function\.parameters": r"tools[\1].input_schema"}
-    if body.output_config is not None and body.output_config.format is not None:
-        names["response_format"] = "output_config.format"
+    if (field := _format_field(body)) is not None:
+        names["response_format"] = field
     try:
         yield
     except ApiError as error:
@@ -206,13 +207,13 @@ def _check_one_answer(body: MessagesBody) -> None:
         )
 
 
-def _check_beginning(chat: ChatBody) -> None:
+def _check_beginning(body: CountTokensBody, chat: ChatBody) -> None:
     """Raise an ApiError where the whole answer is to follow a grammar, and a part is given."""
     field = structured_field(chat)
     if field is None and chat.tool_choice not in (None, "auto", "none"):
         field = "tool_choice"
     if field is not None:
-        field = "output_config.format" if field == "response_format" else field
+        field = _format_field(body) or field
         raise bad_request(
             f"{field} says what the whole answer is, but messages ends with the assistant's, which "
             "is its beginning: leave one out",
@@ -233,19 +234,23 @@ def _variables(body: CountTokensBody) -> dict[str, Any] | None:
     return {**(given or {}), "enable_thinking": body.thinking.type != "disabled"}
 
 
+def _format_field(body: CountTokensBody) -> str | None:
+    """The field with the schema of the answer."""
+    if body.output_config is not None and body.output_config.format is not None:
+        return "output_config.format"
+    return None if body.output_format is None else "output_format"
+
+
 def _output(body: CountTokensBody) -> dict[str, Any]:
-    """What `output_config` asks for, as a chat has it."""
-    config = body.output_config
-    if config is None:
-        return {}
+    """What `output_config` and its older form ask for, as a chat has it."""
+    config, field = body.output_config or OutputConfig(), _format_field(body)
     found: dict[str, Any] = {} if config.effort is None else {"reasoning_effort": config.effort}
-    if config.format is not None:
-        if isinstance(body, MessagesBody) and body.response_format is not None:
-            raise bad_request(
-                "output_config.format is given beside response_format: leave one out",
-                "output_config.format",
-            )
-        schema = {"name": "answer", "schema": config.format.json_schema}
+    wanted = config.format or body.output_format
+    if wanted is not None:
+        for other in ("output_format", "response_format"):
+            if other != field and getattr(body, other, None) is not None:
+                raise bad_request(f"{field} is given beside {other}: leave one out", field)
+        schema = {"name": "answer", "schema": wanted.json_schema}
         found["response_format"] = {"type": "json_schema", "json_schema": schema}
     return found
 
