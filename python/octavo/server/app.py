@@ -107,7 +107,7 @@ def create_app(service: Service, lifespan: Lifespan[_App] | None = None) -> ASGI
             allow_origins=service.options.allowed_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["Retry-After", "X-Octavo-Warning", "X-Request-Id"],
+            expose_headers=["Request-Id", "Retry-After", "X-Octavo-Warning", "X-Request-Id"],
         )
     return whole
 
