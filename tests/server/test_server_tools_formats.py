@@ -26,7 +26,7 @@ from tool_texts import (
 
 from octavo.server.tool_calls import PythonReader, Quotes, read_python_calls
 from octavo.server.tool_xml import typed, types_of
-from octavo.server.tools import TAGS, ToolFormat
+from octavo.server.tools import TAGS, ToolFormat, make_parser
 
 FORMATS: list[ToolFormat] = [*TAGS]
 LEADING = ("llama3_json", "pythonic")  # calls are all of the answer
@@ -235,6 +235,14 @@ def test_values_of_any_depth_are_read_or_shown(tool_format: ToolFormat, text: st
 def test_a_value_is_what_its_schema_says(schema: Any, text: str, value: Any) -> None:
     found = typed(text, schema)
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("begun", ["[" + "a" * 999, "[" + " " * 999, "[f" + " " * 999])
+def test_what_goes_on_for_ever_is_no_beginning_of_a_call(begun: str) -> None:
+    """It would be looked at anew with every piece."""
+    assert make_parser("pythonic").push(begun) == [begun]
+    for pieces in ([begun], list(begun)):
+        assert parse("pythonic", [*pieces, "(a=1)]"]) == (f"{begun}(a=1)]", [])
 
 
 def test_types_that_a_schema_names() -> None:

@@ -252,6 +252,7 @@ class LeadingParser(ToolParser):
     """
 
     marks: ClassVar[tuple[str, ...]]
+    # Of an answer without the space before it; what they match is short, whatever the answer.
     begins: ClassVar[re.Pattern[str]]  # an answer that may be calls
     may_begin: ClassVar[re.Pattern[str]]  # what is too short to tell
 
@@ -266,10 +267,13 @@ class LeadingParser(ToolParser):
 
     def push(self, text: str) -> list[Piece]:
         self._held += text
-        if self._may_be_call or (not self._is_text and self.may_begin.fullmatch(self._held)):
+        if self._may_be_call:
+            return []
+        begun = "" if self._is_text else self._held.lstrip()
+        if not self._is_text and self.may_begin.fullmatch(begun):
             return []
         found = [at for at in map(self._held.find, self.marks) if at >= 0]
-        if not self._is_text and self.begins.match(self._held):
+        if not self._is_text and self.begins.match(begun):
             found = [0]
         self._may_be_call = bool(found)
         cut = len(self._held) - max(overlap(self._held, mark) for mark in self.marks)
@@ -290,7 +294,7 @@ class Llama3Parser(LeadingParser):
     """Llama 3: {"name": …, "parameters": …}, several being separated by ";"."""
 
     marks = ("<|python_tag|>",)
-    begins, may_begin = re.compile(r"\s*\{"), re.compile(r"\s*")
+    begins, may_begin = re.compile(r"\{"), re.compile("")
 
     def read(self, text: str) -> list[ToolCall]:
         calls, rest = read_json_calls(text, is_bare=True)
@@ -301,8 +305,8 @@ class PythonicParser(LeadingParser):
     """Llama 3.2 and 4, Gemma 3 by vLLM's templates: [f(a=1, b="x"), g()]."""
 
     marks = ("<|python_start|>", "<|python_tag|>")
-    begins = re.compile(r"\s*\[\s*[A-Za-z_][\w.]*\s*\(")
-    may_begin = re.compile(r"\s*(?:\[\s*(?:[A-Za-z_][\w.]*\s*)?)?")
+    begins = re.compile(r"\[\s{0,99}[A-Za-z_][\w.]{0,255}\s{0,99}\(")
+    may_begin = re.compile(r"(?:\[\s{0,99}(?:[A-Za-z_][\w.]{0,255}\s{0,99})?)?")
     _MARKS = re.compile(r"\A\s*<\|python_(?:start|tag)\|>|<\|python_end\|>\s*\Z")
 
     def read(self, text: str) -> list[ToolCall]:
