@@ -227,6 +227,11 @@ SAYABLE: list[tuple[dict[str, Any], bool]] = [
     ({"properties": {"a": NUMBER}, "minProperties": 1}, False),
     ({"properties": {"a": NUMBER}, "additionalProperties": NUMBER}, False),
     ({"properties": {"a": NUMBER}, "anyOf": [{"required": ["a"]}]}, False),
+    ({"properties": {"a": {**TEXT, "const": 5}}}, False),
+    ({"properties": {"a": {**TEXT, "enum": "ab"}}}, False),
+    ({"properties": [1]}, False),
+    ({"required": True}, False),
+    ({"required": [["a"]]}, False),
 ]
 
 
@@ -235,6 +240,13 @@ def test_what_tags_can_say(schema: dict[str, Any], is_sayable: bool) -> None:
     parameters = {"type": "object", **schema}
     assert (tag_of_call({"name": "f"}, parameters) is not None) == is_sayable
     assert tag_of_call({"name": "f>"}, parameters) is None
+
+
+def test_what_is_no_string_is_no_choice_of_strings() -> None:
+    properties = {"a": {**TEXT, "enum": ["x", None]}}
+    tag: Any = tag_of_call({"name": "f"}, {"properties": properties, "required": ["a"]})
+    (parameter,) = tag["content"]["elements"]
+    assert parameter["content"]["elements"] == [{"type": "const_string", "value": "x"}]
 
 
 def test_strings_in_tags_are_free_or_chosen(tmp_path: Path) -> None:

@@ -16,15 +16,17 @@ def tag_of_call(function: Mapping[str, Any], parameters: Schema) -> dict[str, An
     """A call of this function; None if its schema cannot be said in tags.
 
     So it is where a value could be a string or something else, where a string has a pattern or a
-    length, or where the parameters depend on each other.
+    length, where the parameters depend on each other, or where the schema is malformed.
     """
-    required = parameters.get("required", [])
+    required, properties = parameters.get("required", []), parameters.get("properties", {})
+    if not isinstance(required, list) or not isinstance(properties, Mapping):
+        return None
     schemas = schemas_of([{"function": {"name": "", "parameters": parameters}}], "")
     is_known = (
         parameters.keys() <= _OF_PARAMETERS | _NOTES
         and isinstance(parameters.get("additionalProperties", False), bool)
-        and schemas.keys() == dict(parameters.get("properties") or {}).keys()
-        and set(required) <= schemas.keys()
+        and schemas.keys() == properties.keys()
+        and all(isinstance(key, str) and key in schemas for key in required)
         and all(map(_is_plain, (function["name"], *schemas)))
     )
     values = [_value(schema, function.get("strict") is True) for schema in schemas.values()]
@@ -61,5 +63,6 @@ def _value(schema: Schema, strict: bool) -> dict[str, Any] | None:
         return None
     if "enum" not in schema and "const" not in schema:
         return {"type": "any_text"}
-    texts = [schema["const"]] if "const" in schema else schema["enum"]
-    return {"type": "or", "elements": [_text(each) for each in texts]}
+    given = [schema["const"]] if "const" in schema else schema["enum"]
+    texts = [each for each in given if isinstance(each, str)] if isinstance(given, list) else []
+    return {"type": "or", "elements": [_text(each) for each in texts]} if texts else None
