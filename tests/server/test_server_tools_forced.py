@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,14 @@ def test_parameters_in_tags_come_one_by_one(calls: list[Call], places: list[int]
 
 def nested(value: dict[str, Any]) -> bool:
     return any(isinstance(each, (dict, list)) for each in value.values())
+
+
+def test_a_long_value_with_tags_in_it_is_not_read_anew_with_every_piece() -> None:
+    value = "</function>" + "abc\n" * 15000
+    text, begun = xml_call(("f", {"text": value})), time.process_time()
+    pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
+    assert forced(pieces, XML_TOOLS) == [("f", json.dumps({"text": value}))]
+    assert time.process_time() - begun < 2  # seconds; it takes a tenth of that
 
 
 def test_json_within_tags_is_read_where_tags_cannot_say_it() -> None:

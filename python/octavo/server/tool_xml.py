@@ -66,7 +66,7 @@ class ForcedXmlParser(ToolParser):
     """
 
     _START = re.compile(r"<tool_call>\s*(?:(\{)|<function=([^>\n]+)>\n)")
-    _NEXT = re.compile(r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>\n|(</function>)", re.DOTALL)
+    _PARAMETER, _CLOSE = re.compile(r"<parameter=([^>\n]+)>\n"), "\n</parameter>\n"
 
     def __init__(self, tools: Tools = ()) -> None:
         super().__init__(tools)
@@ -94,18 +94,17 @@ class ForcedXmlParser(ToolParser):
                 pieces.append(ToolCall(start[2], ""))
                 self._schemas, self._begin = schemas_of(self._tools, start[2]), "{"
                 self._held = self._held[start.end() :]
-            is_whole = "</parameter>\n" in self._held or "</function>" in self._held
-            found = self._NEXT.match(self._held) if is_whole else None
-            if found is None:
-                return pieces
-            self._held = self._held[found.end() :]
-            if found[3]:
+            if self._held.startswith("</function>"):
                 pieces.append(Arguments("{}" if self._begin == "{" else "}"))
-                self._schemas = None
+                self._held, self._schemas = self._held.removeprefix("</function>"), None
                 continue
-            value = to_json(typed(found[2], self._schemas.get(found[1])))
-            pieces.append(Arguments(f"{self._begin}{json.dumps(found[1])}: {value}"))
-            self._begin = ", "
+            head = self._PARAMETER.match(self._held)
+            end = -1 if head is None else self._held.find(self._CLOSE, head.end())
+            if head is None or end < 0:
+                return pieces
+            value = to_json(typed(self._held[head.end() : end], self._schemas.get(head[1])))
+            pieces.append(Arguments(f"{self._begin}{json.dumps(head[1])}: {value}"))
+            self._held, self._begin = self._held[end + len(self._CLOSE) :], ", "
 
     def finish(self) -> list[Piece]:
         """Nothing: the parameters of a call that was cut off have been given."""
