@@ -169,6 +169,25 @@ def test_a_message_has_both_names_of_it(tmp_path: Path) -> None:
     run(test)
 
 
+def test_tags_that_are_special_tokens_stay_beside_what_is_thought(tmp_path: Path) -> None:
+    chain = say("<think>", "Hm.", "</think>", "Yes.")
+    tags = ("<think>", "</think>")
+    llm = LLM(write_parrot(tmp_path, chain, template=TEMPLATE, special=tags), num_threads=1)
+
+    async def test() -> None:
+        async with serving(llm) as (client, _):
+            for field, content in ({}, "Yes."), ({"separate_reasoning": False}, "".join(chain)):
+                sent = body(logprobs=True, **field)
+                choice = (await client.post(CHAT, json=sent)).json()["choices"][0]
+                assert choice["message"]["content"] == content.removeprefix(GO)
+                data = [byte for token in choice["logprobs"]["content"] for byte in token["bytes"]]
+                assert bytes(data).decode() == "<think>Hm.</think>Yes."
+                found = await streamed(client, **field)
+                assert found["content"] == choice["message"]["content"]
+
+    run(test)
+
+
 def test_the_prompt_may_have_begun_it(tmp_path: Path) -> None:
     llm = thinker(tmp_path, "Hm.", "</think>", "Yes.", template=OPEN, after="<think>")
 

@@ -90,8 +90,7 @@ def encode_chat(model: LoadedModel, body: ChatFields, markup: Markup) -> Encoded
         )
     except OctavoError as error:
         raise to_api_error(error, "messages") from error
-    kept = _looked_for(body, markup).token_ids(model.tokenizer)
-    return replace(prompt, kept_special_ids=kept)
+    return replace(prompt, kept_special_ids=_kept_ids(model, body, markup))
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -130,6 +129,12 @@ def _looked_for(body: ChatFields, markup: Markup) -> Markup:
     return replace(markup, reasoning=None) if is_whole else markup
 
 
+def _kept_ids(model: LoadedModel, body: ChatFields, markup: Markup) -> frozenset[int]:
+    """Special tokens that stay in the text; so do tags of thinking that is left in the answer."""
+    found = replace(_looked_for(body, markup), reasoning=markup.reasoning)
+    return found.token_ids(model.tokenizer)
+
+
 def chat_format(
     model: LoadedModel,
     body: ChatBody,
@@ -147,7 +152,7 @@ def chat_format(
         model.tokenizer,
         params.skip_special_tokens,
         continues=False,
-        kept=reading.markup.token_ids(model.tokenizer),
+        kept=_kept_ids(model, body, markup),
         ends=() if params.include_stop_str_in_output else ends,
     )
     shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs)
