@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -249,6 +250,17 @@ def test_types_that_a_schema_names() -> None:
     assert types_of({"enum": ["a", 1, None]}) == {"string", "integer", "number", "null"}
     assert types_of({"allOf": [{"type": "array"}]}) == {"array"}
     assert types_of({"type": 5, "anyOf": 5, "$ref": 5}) == set()
+    # Each of these refers to all of them.
+    names = [f"#/$defs/{i}" for i in range(6)]
+    every = {"anyOf": [*({"$ref": name} for name in names), {"type": "null"}]}
+    schemas = {str(i): dict(every) for i in range(6)}
+    begun = time.process_time()
+    assert types_of({**every, "$defs": schemas}) == {"null"}
+    assert time.process_time() - begun < 1
+    deep: dict[str, Any] = {"type": "array"}
+    for _ in range(900):
+        deep = {"anyOf": [deep]}
+    assert types_of(deep) == set()
 
 
 @given(st.text(alphabet="f(a=1,)[]{}:'\"\\nx0 \nTruee.-", max_size=30))

@@ -29,6 +29,7 @@ _PARAMETER = re.compile(
     re.DOTALL,
 )
 _END = re.compile(r"\s*</function>")
+_MOST_SCHEMAS = 128  # that are looked at for the types of one value
 _NAMES = ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array"))
 
 
@@ -155,12 +156,14 @@ def _as_python(text: str) -> Any:
 
 def types_of(schema: Schema | None) -> set[str]:
     """The types that a schema names; none if it does not say."""
-    return _types(schema, schema or {}, 0)
+    return _types(schema, schema or {}, set())
 
 
-def _types(schema: Any, root: Schema, depth: int) -> set[str]:
-    if not isinstance(schema, Mapping) or depth > 16:
+def _types(schema: Any, root: Schema, seen: set[int]) -> set[str]:
+    """seen: the schemas that were looked at, each of which may refer to all the others."""
+    if not isinstance(schema, Mapping) or id(schema) in seen or len(seen) == _MOST_SCHEMAS:
         return set()
+    seen.add(id(schema))
     given = schema.get("type")
     if isinstance(given, str):
         return {given}
@@ -173,13 +176,13 @@ def _types(schema: Any, root: Schema, depth: int) -> set[str]:
     found: set[str] = set()
     for key in ("anyOf", "oneOf", "allOf"):
         for each in schema[key] if isinstance(schema.get(key), list) else ():
-            found |= _types(each, root, depth + 1)
+            found |= _types(each, root, seen)
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#/"):
         target: Any = root
         for part in reference[2:].split("/"):
             target = target.get(part) if isinstance(target, Mapping) else None
-        found |= _types(target, root, depth + 1)
+        found |= _types(target, root, seen)
     return found
 
 
