@@ -16,6 +16,7 @@ from server_helpers import run, serving
 
 from octavo.llm import LLM
 from octavo.server.answers import Markup
+from octavo.server.errors import ApiError
 from octavo.server.options import TOOL_PARSERS, ServerOptions
 from octavo.server.tool_messages import fit_conversation
 from octavo.server.tools import PARSERS, TAGS, ToolFormat, detect_format, format_of
@@ -259,6 +260,10 @@ def test_tools_stand_in_the_system_message_where_a_template_reads_them_there() -
         prompt = ChatTemplate(template).render(fitted)
         assert prompt.startswith(f'{system}<|tool|>[{{"name": "add"')
     assert fit_conversation([], [TOOL], template, "phi4_mini_tags")[0] == []
+    endless = {"type": "function", "function": {"name": "f", "parameters": {"a": float("inf")}}}
+    with pytest.raises(ApiError, match="tools cannot be written") as wrong:
+        fit_conversation(CONVERSATION, [endless], template, "phi4_mini_tags")
+    assert wrong.value.param == "tools"
     assert fit_conversation(CONVERSATION[:1], [], template, "phi4_mini_tags")[0] == CONVERSATION[:1]
 
 

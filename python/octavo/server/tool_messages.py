@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from octavo.server.errors import bad_request
 from octavo.server.tool_calls import to_json
 from octavo.server.tools import ToolFormat, Tools, writing_of
 
@@ -24,7 +25,8 @@ def fit_conversation(
     """The messages, and the variables of the template that are the tools.
 
     A template that does not read `tool_calls` gets calls as text, in the model's format. Mistral's
-    get ids of nine letters and digits. What is malformed is left as it is.
+    get ids of nine letters and digits. What is malformed is left as it is. Raises an ApiError for
+    tools that no JSON can say.
     """
     fitted = [dict(message) for message in messages]
     for message in fitted:
@@ -38,7 +40,10 @@ def fit_conversation(
     if fitted and tools and _IN_MESSAGE.search(template):
         if fitted[0].get("role") != "system":
             fitted.insert(0, dict(_PHI_SYSTEM))
-        fitted[0]["tools"] = to_json([tool["function"] for tool in tools])
+        try:
+            fitted[0]["tools"] = to_json([tool["function"] for tool in tools])
+        except ValueError as error:
+            raise bad_request(f"tools cannot be written as JSON: {error}", "tools") from error
     return fitted, variables
 
 
