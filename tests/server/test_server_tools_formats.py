@@ -297,6 +297,14 @@ def test_quotes_are_followed_from_piece_to_piece() -> None:
     opens = "".join("01"[quotes.read(letter)] for letter in text)
     assert opens == "001111100111110011"
     assert not Quotes('"').read("it's")
+    assert Quotes('"').read('"a') and not Quotes('"').read('"a\n') and Quotes("\"'").read('"a\n')
+
+
+def test_a_string_without_an_end_costs_one_call_only() -> None:
+    broken = '<tool_call>\n{"name": "f", "arguments": {"a": "x}}\n</tool_call>'
+    text = f'{broken}\n<tool_call>\n{{"name": "g"}}\n</tool_call>'
+    for pieces in ([text], list(text)):
+        assert read("hermes", pieces) == (f"{broken}\n", [("g", {})])
 
 
 def test_the_schemas_of_the_tools_are_those_of_the_request() -> None:

@@ -123,10 +123,15 @@ def _argument_text(arguments: Any) -> str:
 
 
 class Quotes:
-    """Whether a text that is read piece by piece ends within a string."""
+    """Whether a text that is read piece by piece ends within a string.
+
+    No string of JSON, whose only mark is ", goes beyond its line: what is behind one that lacks its
+    end is none of it.
+    """
 
     def __init__(self, marks: str) -> None:
         self._marks = marks
+        self._ends = "\n" if marks == '"' else ""
         self._inside = ""
         self._is_escaped = False
 
@@ -137,7 +142,8 @@ class Quotes:
                 self._is_escaped = False
             elif self._inside:
                 self._is_escaped = character == "\\"
-                self._inside = "" if character == self._inside else self._inside
+                is_end = character == self._inside or character in self._ends
+                self._inside = "" if is_end else self._inside
             elif character in self._marks:
                 self._inside = character
         return bool(self._inside)
