@@ -196,8 +196,10 @@ def test_thinking(tmp_path: Path, prompts: list[str]) -> None:
         prompts.clear()
         ask(llm, {"thinking": {"type": kind, "budget_tokens": 1024}})
         assert prompts[0].startswith(f"[{flag}]")
-    message = ask_both(llm, thinking={"type": "adaptive", "display": "omitted"})
-    assert message["content"] == [{"type": "text", "text": "So."}]
+    omitted = {"thinking": {"type": "adaptive", "display": "omitted"}}
+    for fields in (omitted, {"include_reasoning": False}):
+        message = ask_both(llm, **fields)
+        assert message["content"] == [{"type": "text", "text": "So."}]
     message = ask_both(llm, max_tokens=2)
     assert message["content"] == [{**thought, "thinking": "A plan"}]
     assert message["stop_reason"] == "max_tokens"

@@ -127,6 +127,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "output_config.format",
     ),
     ({**SCHEMA, "response_format": {"type": "json_object"}}, "output_config.format is given"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls is not offered here"),
     ({**SCHEMA, **OLD_SCHEMA}, "output_config.format is given beside output_format"),
     ({**OLD_SCHEMA, "guided_regex": "a"}, "output_format is given beside guided_regex"),
     ({**OLD_SCHEMA, "messages": [*USER, ANSWER]}, "output_format says what the whole"),

@@ -104,6 +104,7 @@ class MessagesBody(CountTokensBody, SamplingBody):
 
     max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: FewTexts | None = None
+    include_reasoning: bool | None = None
 
 
 def to_chat(body: CountTokensBody) -> tuple[ChatBody, str]:
@@ -118,6 +119,7 @@ def to_chat(body: CountTokensBody) -> tuple[ChatBody, str]:
         asked = body.model_fields_set & SamplingBody.model_fields.keys()
         chat |= {name: getattr(body, name) for name in asked}
         chat |= {"stop": body.stop_sequences, "stream_options": {"include_usage": True}}
+        chat["include_reasoning"] = body.include_reasoning
     extra = body.model_extra or {}
     chat |= {name: value for name, value in extra.items() if name not in ChatBody.model_fields}
     chat |= {"chat_template": body.chat_template, "chat_template_kwargs": _variables(body)}
@@ -187,6 +189,12 @@ def _check_fields(body: CountTokensBody) -> None:
         {name: value for name, value in given.items() if value is not None},
         {**elsewhere, **refused},
     )
+    if extra.get("parallel_tool_calls") is False:  # which asks for nothing where there are no tools
+        raise bad_request(
+            "parallel_tool_calls is not offered here: its name is "
+            "tool_choice.disable_parallel_tool_use",
+            "parallel_tool_calls",
+        )
     if isinstance(body, MessagesBody):
         _check_one_answer(body)
 
