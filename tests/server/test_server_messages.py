@@ -132,6 +132,8 @@ def test_fields_that_change_nothing(hello: LLM) -> None:
     assert "x-octavo-warning" not in response.headers
     (response,) = ask(hello, {"stop_sequencs": ["x"]})
     assert "stop_sequences" in response.headers["x-octavo-warning"]
+    (response,) = ask(hello, {"output_confg": {}})
+    assert "output_config" in response.headers["x-octavo-warning"]
 
 
 def test_text_and_calls_of_tools(tmp_path: Path) -> None:

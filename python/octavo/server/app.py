@@ -198,7 +198,9 @@ def _add_messages(app: FastAPI, service: Service) -> None:
         reading = messages.reading_of(chat, markup, prompt, begun)
         state = request.state
         answer_format = MessageFormat(head, reading, len(prompt.token_ids), state.request_id)
-        return await _answer(service, request, chat, [(prompt, params)], head, answer_format)
+        return await _answer(
+            service, request, chat, [(prompt, params)], head, answer_format, given=body
+        )
 
     @app.post("/v1/messages/count_tokens", responses=_ERRORS)
     async def count_message_tokens(body: CountTokensBody, request: Request) -> Response:
@@ -207,7 +209,7 @@ def _add_messages(app: FastAPI, service: Service) -> None:
         chat, begun = messages.to_chat(body)
         markup = service.markup_of(chat)
         prompt = await asyncio.to_thread(messages.encode, model, chat, markup, begun)
-        return _warn(request, chat, JSONResponse({"input_tokens": len(prompt.token_ids)}))
+        return _warn(request, body, JSONResponse({"input_tokens": len(prompt.token_ids)}))
 
 
 def _add_embeddings(app: FastAPI, service: Service) -> None:
