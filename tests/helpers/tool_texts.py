@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,8 +171,9 @@ VALUES = st.recursive(
 CALLS = st.lists(
     st.tuples(NAMES, st.dictionaries(NAMES, VALUES, max_size=3)), min_size=1, max_size=3
 )
-# What ends a value of Qwen3-Coder's notation cannot stand within it.
-_XML_TEXTS = TEXTS.filter(lambda text: "</parameter>" not in text)
+# What ends a value or a call of Qwen3-Coder's notation cannot stand within it.
+_XML_END = re.compile(r"</parameter>|</function>\s*</tool_call>")
+_XML_TEXTS = TEXTS.filter(lambda text: not _XML_END.search(text))
 _XML_ARGUMENTS = st.fixed_dictionaries(
     {},
     optional={
