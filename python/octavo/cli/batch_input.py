@@ -124,12 +124,11 @@ _IN_PARAMS = {"max_completion_tokens", "logprobs", "top_logprobs", "best_of"}
 
 def markup_of(llm: LLM, body: ChatBody) -> Markup:
     """How the model writes what is no plain text, by the chat template that makes its prompt."""
-    from octavo.server.answers import Markup, detect_markup
+    from octavo.server import answers
 
     if body.chat_template is not None:
-        return detect_markup(body.chat_template)
-    own = llm.chat_template
-    return Markup() if own is None else detect_markup(own.source, own.source_with_tools)
+        return answers.detect_markup(body.chat_template)
+    return answers.markup_of(llm.chat_template)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from octavo.server.tool_calls import Arguments, ToolCall
 from octavo.server.tools import TAGS, ToolFormat, Tools, detect_format, make_parser
 
 if TYPE_CHECKING:
+    from octavo.text.chat import ChatTemplate
     from octavo.text.tokenizer import Tokenizer
 
 Piece = str | Reasoning | ToolCall | Arguments
@@ -39,6 +40,13 @@ class Markup:
 def detect_markup(template: str, with_tools: str | None = None) -> Markup:
     """What a chat template teaches; with_tools: the one for messages with tools, if it differs."""
     return Markup(detect_format(with_tools or template), detect_reasoning(template))
+
+
+def markup_of(template: ChatTemplate | None) -> Markup:
+    """What a model's own chat template teaches; None: it has none."""
+    if template is None:
+        return Markup()
+    return detect_markup(template.source, template.source_with_tools)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from octavo.server.service import Service
 
 if TYPE_CHECKING:
     from octavo.model import LoadedModel
+    from octavo.server.answers import Markup
     from octavo.text.tokenizer import Tokenizer
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -119,14 +120,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         model = service.model_that_writes(body.model)
         markup = service.markup_of(body)
 
-        def read() -> tuple[EncodedPrompt, SamplingParams]:  # compiles a grammar, if it is new
-            prompt, defaults = (
-                prepare.encode_chat(model, body, markup),
-                service.options.defaults,
-            )
-            return prompt, prepare.sampling_params(model, body, prompt, defaults, markup)
-
-        prompt, params = await asyncio.to_thread(read)
+        prompt, params = await asyncio.to_thread(_read_chat, service, model, body, markup)
         head = _head(service, request, "chatcmpl-", body)
         answer_format = prepare.chat_format(model, body, head, params, markup, prompt.text)
         return await _answer(service, request, body, [(prompt, params)], head, answer_format)
@@ -154,13 +148,9 @@ def _add_responses(app: FastAPI, service: Service) -> None:
         translation = translate(body)
         chat = translation.chat
 
-        def read() -> tuple[EncodedPrompt, SamplingParams]:
-            prompt, defaults = prepare.encode_chat(model, chat, markup), service.options.defaults
-            return prompt, prepare.sampling_params(model, chat, prompt, defaults, markup)
-
         try:
             markup = service.markup_of(chat)
-            prompt, params = await asyncio.to_thread(read)
+            prompt, params = await asyncio.to_thread(_read_chat, service, model, chat, markup)
             head = _head(service, request, "resp_", body)
             tags, tokenizer = markup.reasoning, model.tokenizer
             make = partial(
@@ -221,6 +211,14 @@ def _add_embeddings(app: FastAPI, service: Service) -> None:
         head = _head(service, request, "embd-", body)
         answer_format = EmbeddingFormat(body, head.model, model.need_pooling())
         return await _answer(service, request, body, work, head, answer_format)
+
+
+def _read_chat(
+    service: Service, model: LoadedModel, body: ChatBody, markup: Markup
+) -> tuple[EncodedPrompt, SamplingParams]:
+    """The prompt of a conversation, and how it is answered; compiles a grammar, if it is new."""
+    prompt, defaults = prepare.encode_chat(model, body, markup), service.options.defaults
+    return prompt, prepare.sampling_params(model, body, prompt, defaults, markup)
 
 
 def _head(service: Service, request: Request, prefix: str, body: Body) -> Head:

@@ -24,7 +24,7 @@ from octavo.errors import (
 )
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
-from octavo.server.answers import Markup, detect_markup
+from octavo.server.answers import Markup, detect_markup, markup_of
 from octavo.server.beams import beam_params
 from octavo.server.engine_thread import EngineThread
 from octavo.server.errors import ApiError, bad_request
@@ -107,9 +107,7 @@ class Service:
             raise
         self._model = model
         self.metrics = Metrics(self.name, model.engine)
-        template = model.chat_template
-        sources = ("",) if template is None else (template.source, template.source_with_tools)
-        self.markup = self.options.markup(detect_markup(*sources))
+        self.markup = self.options.markup(markup_of(model.chat_template))
         if self.phase == "loading":
             self.phase = "ready"
         # So that the first grammar does not wait for it.
