@@ -109,6 +109,7 @@ class RawClient:
 
     def __init__(self, service: Service, path: str, body: dict[str, Any]) -> None:
         self.app = create_app(service)
+        self.service = service
         self.gone = asyncio.Event()
         self.sent: list[dict[str, Any]] = []
         self.scope = {
@@ -139,6 +140,19 @@ class RawClient:
 
     async def run(self) -> None:
         await self.app(self.scope, self.receive, self.send)
+
+    async def go_while_running(self) -> None:
+        """Ask, and go while it is answered; then nothing runs."""
+
+        async def num_running() -> int:
+            return await self.service.engine.call(lambda m: m.engine.scheduler.num_running)
+
+        task = asyncio.ensure_future(self.run())
+        while await num_running() != 1:
+            await asyncio.sleep(0.01)
+        self.gone.set()
+        await asyncio.wait_for(task, 5)
+        assert await num_running() == 0
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -368,13 +367,7 @@ def test_a_client_that_goes_frees_its_blocks(tmp_path: Path) -> None:
         for stream in (False, True):
             async with serving(llm) as (_, service):
                 body = {"messages": USER, "max_tokens": 400, "ignore_eos": True, "stream": stream}
-                raw = RawClient(service, MESSAGES, body)
-                task = asyncio.ensure_future(raw.run())
-                while await service.engine.call(lambda m: m.engine.scheduler.num_running) != 1:
-                    await asyncio.sleep(0.01)
-                raw.gone.set()
-                await asyncio.wait_for(task, 5)
-                assert await service.engine.call(lambda m: m.engine.scheduler.num_running) == 0
+                await RawClient(service, MESSAGES, body).go_while_running()
 
     run_test(test)
 

@@ -348,13 +348,7 @@ def test_a_client_that_goes_frees_its_blocks(tmp_path: Path, stream: bool) -> No
         slow_down(llm, 0.01)
         async with serving(llm) as (_, service):
             body = {"input": "A", "max_output_tokens": 400, "ignore_eos": True, "stream": stream}
-            raw = RawClient(service, RESPONSES, body)
-            task = asyncio.ensure_future(raw.run())
-            while await service.engine.call(lambda m: m.engine.scheduler.num_running) != 1:
-                await asyncio.sleep(0.01)
-            raw.gone.set()
-            await asyncio.wait_for(task, 5)
-            assert await service.engine.call(lambda m: m.engine.scheduler.num_running) == 0
+            await RawClient(service, RESPONSES, body).go_while_running()
             assert service.engine.num_open == 0
 
     run(test)
