@@ -66,19 +66,21 @@ def test_every_stage_counts_once(tmp_path: Path) -> None:
     assert count > 10
 
 
-@pytest.mark.parametrize("neon", ["exit 3", _KILL_THE_STAGE])
-def test_a_stage_that_fails_beside_others_counts(tmp_path: Path, neon: str) -> None:
-    """Also where it is killed before it can say so."""
+@pytest.mark.parametrize(
+    ("neon", "name"), [("exit 3", "neon"), (_KILL_THE_STAGE, "natives")], ids=["fails", "killed"]
+)
+def test_a_stage_that_fails_beside_others_counts(tmp_path: Path, neon: str, name: str) -> None:
+    """Also where it is killed, with those that would follow it, before it can say so."""
     code, said, log = run(tmp_path, neon=neon)
     count = sum(line.startswith("begin") for line in log)
     assert (code, said[-1]) == (1, f"{count - 1} passed, 1 failed, 0 skipped")
-    (line,) = [line for line in said if line.startswith("neon ")]
+    (line,) = [line for line in said if line.startswith(f"{name} ")]
     assert "1 failed" in line and "FAILED" in line
 
 
 def test_stages_that_are_named_run_one_after_the_other(tmp_path: Path) -> None:
-    code, said, log = run(tmp_path, "neon", "tsan-native", neon="sleep 0.3")
+    code, said, log = run(tmp_path, "neon", "page", neon="sleep 0.3")
     assert log == [
-        f"{word} native-{name}" for name in ("neon", "tsan") for word in ("begin", "end")
+        f"{word} {name}" for name in ("test-page", "native-neon") for word in ("begin", "end")
     ]
     assert (code, said[-1]) == (0, "2 passed, 0 failed, 0 skipped")
