@@ -66,7 +66,8 @@ def test_it_answers_and_ends_when_all_its_processes_are_told_to(
             target=lambda: found.append(text_of(ask(server, max_tokens=3000)))
         )
         asking.start()
-        time.sleep(0.3)
+        while not httpx.get(server.url + "/engine").json()["stats"]["num_running"]:
+            assert asking.is_alive()
         assert not found
         for pid in (*pids, server.process.pid):
             os.kill(pid, signal.SIGTERM)
