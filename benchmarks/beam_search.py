@@ -48,7 +48,8 @@ def measure(llm: LLM, width: int, max_tokens: int) -> Found:
             raise SystemExit("a search has no result")
         best = output.outputs[0]
         scores.append((best.cumulative_logprob or 0.0) / len(best.token_ids))
-        blocks.append(most / engine.blocks.blocks_for(len(encoded.token_ids) + max_tokens))
+        length = len(encoded.token_ids) + max_tokens
+        blocks.append(most / engine.blocks.groups.blocks_in_group(length))
     count = len(STARTS)
     tokens = (engine.num_sampled_tokens - before) / count
     return Found(sum(scores) / count, sum(blocks) / count, tokens)

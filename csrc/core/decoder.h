@@ -56,7 +56,7 @@ class Decoder {
   // out = x times each matrix of the stack, side by side.
   void linear_stack(View out, View x, const Stack& stack);
 
-  // The first num_tokens rows of a workspace matrix.
+  // The first num_rows rows of a workspace matrix.
   View rows(const Buffer& buffer, std::int64_t num_rows, std::int64_t cols) const {
     return {buffer.data(), num_rows, cols, cols, dtype_};
   }

@@ -2,8 +2,9 @@
 //
 // Every kernel is single-threaded and works on a part of an op; the files of the op families divide
 // the work. instruction_set.cpp is compiled once for each instruction set, with the same bodies
-// (kernels/*.h) over a different 16-lane vector. All sets give the same bits: the order of every
-// sum is defined over 16 lanes, and products are fused only where the body says so.
+// (kernels/*.h) over a different 16-lane vector. All sets give the same bits, except where
+// docs/cpu.md says otherwise: the order of every sum is defined over 16 lanes, and products are
+// fused only where the body says so.
 #pragma once
 
 #include <cstdint>

@@ -25,7 +25,7 @@ def publish_all(blocks: BlockManager, key: str, tokens: list[int], salt: str | N
 
 def test_tables_cover_the_tokens_asked_for() -> None:
     blocks = BlockManager(num_blocks=10, block_size=4)
-    assert [blocks.blocks_for(n) for n in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
+    assert [blocks.groups.blocks_in_group(n) for n in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
     assert blocks.start("a", 5) == []
     assert blocks.block_table("a").tolist() == [0, 1]
     assert blocks.reserve("a", 8)  # still within the second block
@@ -266,7 +266,7 @@ def test_blocks_of_a_long_prompt_come_with_the_window() -> None:
         blocks.check_sequence("a", end)
         blocks.advance("a", end)
     groups = blocks.groups
-    assert (groups.blocks_of(83), groups.blocks_of(3), groups.blocks_of(12)) == (25, 2, 6)
+    assert [groups.blocks_in_all(length) for length in (83, 3, 12)] == [25, 2, 6]
     assert groups.longest(25) == 84 and groups.longest(24) == 80 and groups.longest(6) == 12
     assert BlockManager(4, BLOCK, windows=(7,), num_in_flight=5).num_tokens_capacity > 10**9
     assert BlockManager(3, BLOCK, windows=(7,), num_in_flight=5).num_tokens_capacity == 12

@@ -304,8 +304,7 @@ def test_a_sequence_preempted_with_drafts_in_flight() -> None:
     schedule = scheduler.schedule()
     scheduler.advance(schedule)
     assert sequence.num_computed_tokens == 9 and sequence.num_pending_tokens == 4
-    scheduler._running.remove(sequence)
-    scheduler._requeue(sequence)
+    scheduler.requeue(sequence)
     assert scheduler.schedule().entries == ()  # not before its step has ended
     assert scheduler.complete(schedule, [9, 1, 2, 3]) == {2, 3}
     assert sequence.state is SequenceState.WAITING

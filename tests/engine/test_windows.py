@@ -216,7 +216,7 @@ def test_preemption_gives_the_same_bits(spec: ModelSpec, caching: bool) -> None:
     """An urgent request takes the only place while the prompt is computed, and in the answer."""
     name = "subject301"
     engine = make_engine(
-        num_blocks=KvGroups(16, spec.kv_windows, 48).blocks_of(512),
+        num_blocks=KvGroups(16, spec.kv_windows, 48).blocks_in_all(512),
         max_num_seqs=1,
         max_num_batched_tokens=48,
         enable_prefix_caching=caching,

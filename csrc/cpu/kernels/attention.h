@@ -10,9 +10,6 @@
 // bf16 cache (attention_bf16.h) both products are of bf16 numbers, and weights are
 // 2^(score - whole number): see reference/ops.py.
 
-// Whether it is the greatest score of no token at all.
-inline bool is_nothing(float max) { return max == -std::numeric_limits<float>::infinity(); }
-
 constexpr int kStretchTiles = 8;
 constexpr std::int64_t kStretch = kStretchTiles * kLanes;
 

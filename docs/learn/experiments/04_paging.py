@@ -18,7 +18,7 @@ def fill(block_size: int) -> tuple[int, float]:
     """Admit requests in order until one does not fit: (how many fit, part that holds a token)."""
     blocks = BlockManager(MEMORY // block_size, block_size)
     for number, length in enumerate(lengths.tolist()):
-        if blocks.blocks_for(length) > blocks.num_free_blocks:
+        if blocks.num_blocks_needed(length) > blocks.num_free_blocks:
             return number, int(lengths[:number].sum()) / MEMORY
         blocks.start(number, length)
     raise ValueError("all requests fit; expected more of them than the memory holds")

@@ -95,11 +95,7 @@ class BlockManager:
 
     def num_tokens_together(self, length: int) -> int:
         """How many tokens the cache holds in sequences of this length."""
-        return self.num_blocks * length // self.groups.blocks_of(length)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks of a group hold num_tokens tokens."""
-        return -(-num_tokens // self.block_size)
+        return self.num_blocks * length // self.groups.blocks_in_all(length)
 
     def find_prefix(self, names: SequenceOf[bytes], max_tokens: int) -> Prefix:
         """The longest beginning, of at most max_tokens tokens, after which a sequence can go on.
@@ -108,7 +104,7 @@ class BlockManager:
         names: those of the sequence's full blocks, in order; see prefix_cache.py.
         """
         windows = self.groups.windows
-        names = names[: self.blocks_for(max_tokens)]
+        names = names[: self.groups.blocks_in_group(max_tokens)]
         for group, window in enumerate(windows):
             if not window:
                 names = names[: len(self.pool.find_leading(names, group))]
@@ -131,7 +127,7 @@ class BlockManager:
 
         None if a group has let a block go that the other one needs.
         """
-        num_blocks = self.blocks_for(num_tokens)
+        num_blocks = self.groups.blocks_in_group(num_tokens)
         blocks = tuple([table[:num_blocks] for table in self._tables[key]])
         for window, found in zip(self.groups.windows, blocks, strict=True):
             if NO_BLOCK in found[self.groups.first_seen(window, num_tokens) :]:
@@ -162,7 +158,7 @@ class BlockManager:
 
         Those that it lets go meanwhile are not counted.
         """
-        end = self.blocks_for(num_tokens)
+        end = self.groups.blocks_in_group(num_tokens)
         return sum([min(most, end - len(table)) for table in self._tables[key]])
 
     def start(self, key: Hashable, num_tokens: int, prefix: Prefix = NO_PREFIX) -> list[BlockCopy]:
@@ -202,7 +198,7 @@ class BlockManager:
 
     def _places(self, num_tokens: int, prefix: Prefix) -> list[tuple[int, int]]:
         """Of each group, the first place of the table that `start` fills, and the one after all."""
-        num_blocks, places = self.blocks_for(num_tokens), []
+        num_blocks, places = self.groups.blocks_in_group(num_tokens), []
         for window in self.groups.windows:
             first = self.groups.first_seen(window, prefix.num_tokens)
             end = first + self.groups.most_held(window, num_tokens)
@@ -253,7 +249,7 @@ class BlockManager:
         """
         tables = self._tables[key]
         num_shared, num_more = divmod(num_computed, self.block_size)
-        num_new = self.blocks_for(num_tokens) - num_shared
+        num_new = self.groups.blocks_in_group(num_tokens) - num_shared
         if (num_new + num_spare) * len(tables) > self.pool.num_free:
             return None
         copies: list[BlockCopy] = []
@@ -284,7 +280,7 @@ class BlockManager:
         tables = self._tables[key]
         if num_tokens <= min(map(len, tables)) * self.block_size:  # most often: within a block
             return True
-        num_blocks = self.blocks_for(num_tokens)
+        num_blocks = self.groups.blocks_in_group(num_tokens)
         missing = [max(num_blocks - len(table), 0) for table in tables]
         if sum(missing) > self.pool.num_free - num_spare * len(tables):
             return False
@@ -374,7 +370,7 @@ class BlockManager:
         for window, table in zip(self.groups.windows, self._tables[key], strict=True):
             seen = table[self.groups.first_seen(window, num_computed_tokens) :]
             num_held = len(table) - table.count(NO_BLOCK)
-            if len(table) < self.blocks_for(num_computed_tokens) or NO_BLOCK in seen:
+            if len(table) < self.groups.blocks_in_group(num_computed_tokens) or NO_BLOCK in seen:
                 raise IntegrityError(f"sequence {key!r} lacks blocks of {table.tolist()}")
             if num_held > self.groups.most_held(window, len(table) * self.block_size):
                 raise IntegrityError(f"sequence {key!r} holds {num_held} blocks, window {window}")

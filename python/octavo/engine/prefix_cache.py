@@ -95,7 +95,7 @@ class PrefixCache:
         if not self.is_enabled:
             return False
         most = sequence.num_reusable_tokens
-        names = self.names_of(sequence)[: self._blocks.blocks_for(most)]
+        names = self.names_of(sequence)[: self._blocks.groups.blocks_in_group(most)]
         index = len(self._blocks.find_prefix(names, most).blocks[0])
         return index < len(names) and any(
             other.num_published_blocks <= index < len(other.block_hashes)

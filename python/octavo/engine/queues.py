@@ -77,12 +77,8 @@ class SequenceQueues:
         sequence.state_row = self._free_state_rows.pop()
 
     def requeue(self, sequence: Sequence) -> None:
-        """A running sequence gives its blocks back and waits."""
+        """A running sequence gives its blocks back and waits; it keeps its tokens."""
         self._running.remove(sequence)
-        self._requeue(sequence)
-
-    def _requeue(self, sequence: Sequence) -> None:
-        """Put a sequence, taken out of the running ones, into the queue; it keeps its tokens."""
         self.blocks.free(sequence.key)
         self._free_state_rows.append(sequence.state_row)
         sequence.state = SequenceState.WAITING

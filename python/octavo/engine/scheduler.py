@@ -88,7 +88,7 @@ class Scheduler(SequenceQueues):
             )
         num_total = self.max_total_tokens(num_prompt_tokens, max_tokens)
         num_cached = max(num_total - 1, num_prompt_tokens)
-        if self.blocks.groups.blocks_of(num_cached) > self.blocks.num_blocks:
+        if self.blocks.groups.blocks_in_all(num_cached) > self.blocks.num_blocks:
             raise InvalidArgumentError(
                 f"prompt and answer may have {num_cached + 1} tokens; the whole KV cache holds "
                 f"{self.blocks.num_tokens_capacity}: shorten the prompt, lower max_tokens, or give "
@@ -394,12 +394,11 @@ class Scheduler(SequenceQueues):
                 return
 
     def _preempt(self, sequence: Sequence, why: str, by: Sequence, now: float) -> None:
-        self._running.remove(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         num_lost = sequence.num_computed_tokens
         self.events.record((now, "preempted", sequence.key, why, by.key, num_lost))
-        self._requeue(sequence)
+        self.requeue(sequence)
 
     # ---- the event log, and checks ----
 
@@ -408,7 +407,7 @@ class Scheduler(SequenceQueues):
         self.waiting_reason = reason
         noted = None if sequence is None else (sequence.key, reason)
         if sequence is not None and noted != self._noted_wait:
-            num_needed = self.blocks.groups.blocks_of(sequence.num_tokens)
+            num_needed = self.blocks.groups.blocks_in_all(sequence.num_tokens)
             numbers = (num_needed, self.blocks.num_free_blocks, len(self._waiting))
             self.events.record((now, "waited", sequence.key, reason, *numbers))
         self._noted_wait = noted

@@ -93,7 +93,7 @@ def check_search(
             f"expected at most {most}: ask for fewer beams, or fewer stop_token_ids"
         )
     total = scheduler.max_total_tokens(num_prompt_tokens, params.max_tokens)
-    num_alone = blocks.groups.blocks_of(total)
+    num_alone = blocks.groups.blocks_in_all(total)
     num_shared = 0
     if not blocks.has_windows:
         num_shared = (num_prompt_tokens - 1) // blocks.block_size

@@ -62,7 +62,7 @@ class KvGroups:
     windows: tuple[int, ...]
     num_in_flight: int
 
-    def blocks_for(self, num_tokens: int) -> int:
+    def blocks_in_group(self, num_tokens: int) -> int:
         """Blocks that hold num_tokens tokens in one group."""
         return -(-num_tokens // self.block_size)
 
@@ -72,12 +72,12 @@ class KvGroups:
 
     def most_held(self, window: int, num_tokens: int) -> int:
         """Blocks that a group holds at most while num_tokens tokens are computed."""
-        needed = self.blocks_for(num_tokens)
+        needed = self.blocks_in_group(num_tokens)
         # So many tokens in a row, wherever the first lies in its block.
-        most = self.blocks_for(window + self.num_in_flight - 1) + 1
+        most = self.blocks_in_group(window + self.num_in_flight - 1) + 1
         return min(needed, most) if window else needed
 
-    def blocks_of(self, num_tokens: int) -> int:
+    def blocks_in_all(self, num_tokens: int) -> int:
         """Blocks that a sequence holds at most, in all groups, while num_tokens are computed."""
         return sum([self.most_held(window, num_tokens) for window in self.windows])
 
@@ -85,6 +85,6 @@ class KvGroups:
         """The longest sequence that so many blocks hold, in tokens."""
         lengths = range(_LONGEST // self.block_size)
         blocks = bisect_right(
-            lengths, num_blocks, key=lambda n: self.blocks_of(n * self.block_size)
+            lengths, num_blocks, key=lambda n: self.blocks_in_all(n * self.block_size)
         )
         return (blocks - 1) * self.block_size

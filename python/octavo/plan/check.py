@@ -53,7 +53,7 @@ def check(
 ) -> Checked:
     """Load the model, fill the cache of every sequence, and decode. Raises what loading raises."""
     request = plan.request
-    blocks = plan.options.kv_groups(plan.spec).blocks_of(request.context) * request.concurrency
+    blocks = plan.options.kv_groups(plan.spec).blocks_in_all(request.context) * request.concurrency
     files = replace(files, spec=with_kv_groups(files.spec, request.context))
     config = replace(
         config,

@@ -136,7 +136,7 @@ def graph_bytes(spec: ModelSpec, options: RuntimeOptions) -> int:
 
 def kv_blocks(spec: ModelSpec, options: RuntimeOptions, context: int) -> int:
     """Blocks that a sequence of `context` tokens holds at most, in all groups."""
-    return options.kv_groups(spec).blocks_of(context)
+    return options.kv_groups(spec).blocks_in_all(context)
 
 
 def memory_of(

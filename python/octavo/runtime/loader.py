@@ -298,7 +298,8 @@ def _has_room(device: str, spec: ModelSpec, options: RuntimeOptions, config: Eng
         runtime = _native.Runtime(device, replace(spec, head_part=0, head_parts=1), options)
     except MemoryError:
         return False
-    num_blocks = config.num_kv_blocks or options.kv_groups(spec).blocks_of(options.max_model_len)
+    groups = options.kv_groups(spec)
+    num_blocks = config.num_kv_blocks or groups.blocks_in_all(options.max_model_len)
     room = _available(runtime, device)
     return num_blocks * runtime.kv_bytes_per_block() <= room * config.kv_memory_fraction
 

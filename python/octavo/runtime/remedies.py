@@ -85,7 +85,7 @@ class Needs:
             if self.bytes_of_block(kv) < self.block_bytes
         ]
         if config.num_kv_blocks is None:
-            blocks = self.options.kv_groups(self.spec).blocks_of(self.options.max_model_len)
+            blocks = self.options.kv_groups(self.spec).blocks_in_all(self.options.max_model_len)
             needed = blocks * self.block_bytes
             fraction = math.ceil(100 * needed / left) / 100 if left > 0 else 1.0
             if config.kv_memory_fraction < fraction <= _LARGEST_FRACTION:
@@ -139,7 +139,7 @@ def plan_kv_blocks(needs: Needs, available: int) -> int:
     """
     config, options, block_bytes = needs.config, needs.options, needs.block_bytes
     groups = options.kv_groups(needs.spec)
-    blocks_per_sequence = groups.blocks_of(options.max_model_len)
+    blocks_per_sequence = groups.blocks_in_all(options.max_model_len)
     if config.num_kv_blocks is not None:
         num_blocks = config.num_kv_blocks
         if num_blocks < blocks_per_sequence:
