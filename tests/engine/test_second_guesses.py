@@ -88,7 +88,7 @@ def test_a_branch_of_a_draft_model_goes_on_from_its_own_tokens() -> None:
     paths = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
     chains = [list(chain) for chain in source.draft_trees([(sequence, None, paths)])[0]]
     assert [len(chain) for chain in chains] == [3] * 5
-    assert source.num_batches == 3 and max(len(b.context_lens) for b in runtime.batches) == 4
+    assert [len(batch.context_lens) for batch in runtime.batches] == [1, 2, 4]
 
     def best(drafts: list[int]) -> int:
         return draw([*sequence.token_ids, *drafts], (0.0, 0, 1.0, 0.0), 0, 0)[0]

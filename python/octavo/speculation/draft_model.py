@@ -80,7 +80,6 @@ class DraftModelSource(DraftSource):
 
             make_batch = Batch
         self.loaded = loaded
-        self.num_batches = 0
         self.num_cached_tokens = 0  # of prompts, that were in the cache already
         self._vocab_size = vocab_size
         self._make_batch = make_batch
@@ -96,11 +95,6 @@ class DraftModelSource(DraftSource):
     def _forget(self, sequence: Sequence) -> None:
         del self._chains[sequence]
         self.blocks.free(sequence)
-
-    def draft(self, wanted: SequenceOf[tuple[Sequence, Any, int]]) -> SequenceOf[SequenceOf[int]]:
-        """Chains of all sequences, a batch for each place in them; none without memory for it."""
-        chains = [(sequence, own, [(0,) * count]) for sequence, own, count in wanted]
-        return [drafts[0] for drafts in self.draft_trees(chains)]
 
     def draft_trees(
         self, wanted: SequenceOf[tuple[Sequence, Any, SequenceOf[Ranks]]]
@@ -217,7 +211,6 @@ class DraftModelSource(DraftSource):
             rope_sets=pack_unless_all(0, [chain.rope_set for chain, _ in parts]),
         )
         output = self.loaded.runtime.wait(self.loaded.runtime.submit(batch, sample=True))
-        self.num_batches += 1
         for chain, tokens in parts:
             self._take_computed(chain, tokens)
         drafted = []

@@ -195,11 +195,6 @@ class EagleSource(DraftSource):
         cache = self._caches.get(sequence)
         return 0 if cache is not None and cache.end == sequence.num_tokens - 1 else -1
 
-    def draft(self, wanted: SequenceOf[tuple[Sequence, Any, int]]) -> SequenceOf[SequenceOf[int]]:
-        """Chains of best guesses."""
-        chains = [(sequence, own, [(0,) * count]) for sequence, own, count in wanted]
-        return [drafts[0] for drafts in self.draft_trees(chains)]
-
     def draft_trees(
         self, wanted: SequenceOf[tuple[Sequence, Any, SequenceOf[Ranks]]]
     ) -> SequenceOf[SequenceOf[SequenceOf[int]]]:

@@ -113,11 +113,6 @@ class MedusaSource(DraftSource):
         chains = most_probable(chances, count + 1, depth * (count + 1))
         return [chain for chain in chains if any(chain)]
 
-    def draft(self, wanted: SequenceOf[tuple[Sequence, Any, int]]) -> SequenceOf[SequenceOf[int]]:
-        """A guess of each head, in order."""
-        chains = [(sequence, own, [(0,) * count]) for sequence, own, count in wanted]
-        return [drafts[0] for drafts in self.draft_trees(chains)]
-
     def draft_trees(
         self, wanted: SequenceOf[tuple[Sequence, Any, SequenceOf[Ranks]]]
     ) -> SequenceOf[SequenceOf[SequenceOf[int]]]:

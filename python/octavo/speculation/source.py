@@ -13,7 +13,7 @@ from octavo.engine.schedule import Schedule
 
 
 class DraftSource:
-    """Makes drafts for sequences.
+    """Makes drafts for sequences. A source has its own `draft` or `draft_trees`, or both of them.
 
     is_free: drafts take so little time that they are made for every sequence, also to learn how
     often they would have been right. num_classes: drafts of a class are accepted about equally
@@ -40,7 +40,8 @@ class DraftSource:
 
     def draft(self, wanted: SequenceOf[tuple[Sequence, Any, int]]) -> SequenceOf[SequenceOf[int]]:
         """At most so many drafts for each (sequence, what was created for it, count)."""
-        return [()] * len(wanted)
+        trees = self.draft_trees([(each, own, [(0,) * count]) for each, own, count in wanted])
+        return [chains[0] for chains in trees]
 
     def branches(self, sequence: Sequence, own: Any, depth: int, count: int) -> SequenceOf[Ranks]:
         """So many promising chains beside the first one, in order, each of `depth` drafts."""

@@ -46,14 +46,6 @@ def pack_words(codes: npt.NDArray[Any], format_dtype: str) -> npt.NDArray[np.int
     return padded.view("<i4")
 
 
-def unpack_words(words: npt.NDArray[np.int32], format_dtype: str, inputs: int) -> npt.NDArray[Any]:
-    """The inverse of `pack_words`; int4 is a view."""
-    raw = np.ascontiguousarray(words).view(np.uint8)
-    if format_dtype == "int4":
-        return np.ascontiguousarray(raw[:, : inputs // 2])
-    return np.ascontiguousarray(raw[:, :inputs] ^ np.uint8(0x80)).view(np.int8)
-
-
 def pack_zeros(zeros: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
     """Zero points (outputs, groups) -> weight_zero_point (ceil(outputs / 8), groups)."""
     outputs, groups = zeros.shape
