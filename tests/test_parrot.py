@@ -35,6 +35,6 @@ def test_its_probabilities_are_known(tmp_path: Path) -> None:
     assert logprobs[0].top_logprobs == pytest.approx([3 - total, 2 - total], abs=1e-4)
 
 
-def test_a_chain_that_is_not_one(tmp_path: Path) -> None:
+def test_a_chain_that_is_not_one() -> None:
     with pytest.raises(ValueError, match="twice"):
         say("a", "b", "a")

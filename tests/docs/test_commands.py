@@ -101,7 +101,7 @@ def test_what_is_not_run_says_why(command: Command) -> None:
     pytest.skip(f"{command.text}: {command.not_run}")
 
 
-def test_a_wrong_command_is_found(shell: Shell, tmp_path: Path) -> None:
+def test_a_wrong_command_is_found(shell: Shell) -> None:
     """The runner itself: planted mistakes in a page of each kind."""
     path = Path(__file__).with_name("planted.md")
     page = read_page(path)

@@ -30,7 +30,7 @@ def test_chapters_show_toys_outputs_and_figures_as_they_are() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_changed_chapter_is_found(tmp_path: Path) -> None:
+def test_a_changed_chapter_is_found() -> None:
     """Planted: a number in a toy's printed output."""
     sys.path.insert(0, str(FOLDER))
     from include import filled

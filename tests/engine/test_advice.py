@@ -289,7 +289,7 @@ def test_a_limit_of_the_shell(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs an enforced RLIMIT_AS")
-def test_no_room_for_a_thread(tmp_path: Path) -> None:
+def test_no_room_for_a_thread() -> None:
     """It has a stack of megabytes, for which the address space may be too small."""
     program = (
         "import resource, sys, threading\n"

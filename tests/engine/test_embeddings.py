@@ -350,7 +350,7 @@ def test_an_adapter(folders: Any, tmp_path: Path) -> None:
     assert equal(embed(llm, texts), plain)
 
 
-def test_tasks_of_an_event_loop(folders: Any, tmp_path: Path) -> None:
+def test_tasks_of_an_event_loop(folders: Any) -> None:
     texts, expected = prompts(*LENGTHS), alone(folders("mean"))
 
     async def ask() -> list[Any]:

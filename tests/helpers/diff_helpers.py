@@ -177,11 +177,6 @@ def gate_up_swapped(gate: Any, up: Any, activation: str) -> Any:
     return ops.gated_activation(up, gate, activation)
 
 
-def _transposed(x: Any, weight: Any, bias: Any = None, dtype: str = "f32") -> Any:
-    square = weight.shape[0] == weight.shape[1]
-    return ops.linear(x, weight.T if square else weight, bias, dtype)
-
-
 def _k_and_v_swapped(layer: LayerSpec, weights: Weights, name: str) -> Any:
     return ("k", weights[name + "v.weight"]), ("v", weights[name + "k.weight"])
 

@@ -131,7 +131,7 @@ def test_without_errors_there_is_nothing_to_make_up_for(
         assert np.allclose(changed[name], values, rtol=0, atol=1e-3 * np.abs(values).max()), name
 
 
-def test_query_heads_that_share_values_share_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_query_heads_that_share_values_share_factors() -> None:
     factors = np.arange(12, dtype=np.float32)  # 2 KV heads, 3 query heads each, of 2 dimensions
     assert shared_rows(factors, 3, 2).tolist() == [0, 1, 6, 7]
     generator = np.random.default_rng(0)

@@ -123,9 +123,7 @@ def test_experts_that_see_little_are_rounded_without_the_text(
                 assert is_plain == (expert in few), name
 
 
-def test_the_routers_weights_take_the_factors_of_their_norm(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_the_routers_weights_take_the_factors_of_their_norm(model: Path, text: Path) -> None:
     """So the routing stays what it was, and the directory holds the router in float32."""
     files = read_model(model)
     checkpoint = open_checkpoint(files)

@@ -260,7 +260,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_port_in_use_is_told_at_once(tmp_path: Path) -> None:
+def test_a_port_in_use_is_told_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [sys.executable, "-m", "octavo", "serve", "--port", port]

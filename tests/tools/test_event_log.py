@@ -234,7 +234,7 @@ def test_a_file_written_bit_by_bit_holds_everything(tmp_path: Path) -> None:
     assert arrivals[10]["blocks"] == [2, 3]
 
 
-def test_a_torn_last_line_is_forgiven(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_forgiven() -> None:
     engine = fake_engine(clock=StepClock())
     ask(engine, "a", 9, 4)
     run_to_end(engine)

@@ -302,7 +302,7 @@ def test_what_a_user_sees(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_measured_beside_predicted(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = SHAPE.parent / "tiny"
     monkeypatch.setattr(_native, "measure_bandwidth", lambda *_, **__: 2e10)
