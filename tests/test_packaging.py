@@ -232,6 +232,20 @@ print("heavy:" + ",".join(sorted(heavy)))
     assert run_python(code).stdout.splitlines()[-1] == "heavy:"
 
 
+def test_the_layout_in_the_readme_is_that_of_the_import_contract() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    layers = re.findall(r'^  "([\w| ]+)",$', project.partition("layers = [")[2], re.M)
+    layer_of = {name: i for i, layer in enumerate(layers) for name in layer.split(" | ")}
+    readme = (ROOT / "README.md").read_text()
+    layout = readme.partition("python/octavo/ ")[2].partition("csrc/ ")[0]
+    # A line begins with two spaces and the names of rooms and files.
+    lines = re.findall(r"^  ((?:\w+(?:/|\.py) +)+)", layout, re.M)
+    named = re.findall(r"\w+(?=/|\.py)", "".join(lines))
+    rooms = {path.parent.name for path in (ROOT / "python/octavo").glob("*/__init__.py")}
+    assert rooms - {"reference"} <= set(named)
+    assert named == sorted(named, key=layer_of.__getitem__)
+
+
 def test_the_core_to_read_stays_small() -> None:
     readme = (ROOT / "README.md").read_text()
     section = readme.partition("### The core to read")[2].partition("\n## ")[0]
