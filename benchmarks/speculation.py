@@ -62,7 +62,7 @@ def speed_up(acceptance: float, batch: int, *, adaptive: bool) -> float:
         drafter.begin_step(sequences, step)
         for sequence in sequences:
             step.add(sequence, 1, 1, tuple(drafter.propose(sequence)))
-        schedule = step.schedule(batch)
+        schedule = step.build(batch)
         rows = np.full(len(schedule.row_sequences), RIGHT, np.int32)
         seconds = step_seconds(schedule.num_tokens)
         drafter.end_step(schedule, SimpleNamespace(token_ids=rows), seconds)

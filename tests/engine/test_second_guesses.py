@@ -191,7 +191,7 @@ def simulate(first: float, second: float, slope: float, num_branches: int) -> tu
             blocks: Any = Freely()
             chains = drafter.branches(engine_sequence)
             branches.Branches(blocks, DraftCounts()).add(step, chains, 99, 0)
-        schedule = step.schedule(1)
+        schedule = step.build(1)
         seconds = 1.0 + slope * schedule.num_tokens
         output: Any = type("Output", (), {"token_ids": np.ones(len(schedule.row_sequences), int)})
         drafter.end_step(schedule, output, seconds)

@@ -229,7 +229,7 @@ def simulate(
         drafter.begin_step(sequences, step)
         for sequence in sequences:
             step.add(sequence, 1, 1, tuple(drafter.propose(sequence)))
-        schedule = step.schedule(batch)
+        schedule = step.build(batch)
         load, luck = noise(number)
         spent = source.now - started
         seconds = load * luck * time_of(schedule.num_tokens) + spent
@@ -326,7 +326,7 @@ def test_what_is_not_decoded_alone_is_not_measured() -> None:
     step = ScheduleBuilder(0, 64, 0.0, 512)
     step.entries.append(entry)
     step.num_tokens = 9
-    drafter.end_step(step.schedule(0), SimpleNamespace(token_ids=np.ones(1, np.int32)), 5.0)
+    drafter.end_step(step.build(0), SimpleNamespace(token_ids=np.ones(1, np.int32)), 5.0)
     assert not drafter.costs.is_known(9) and not drafter.costs.is_known(1)
 
 

@@ -174,7 +174,7 @@ class ScheduleBuilder:
             self.row_budget -= num_rows
         self.add(sequence, num_new_tokens, int(is_last and not ends))
 
-    def schedule(self, num_decodes: int) -> Schedule:
+    def build(self, num_decodes: int) -> Schedule:
         """The finished schedule; its first num_decodes entries decode."""
         return Schedule(
             tuple(self.entries),

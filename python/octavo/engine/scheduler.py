@@ -130,7 +130,7 @@ class Scheduler(SequenceQueues):
             step.copies[:0] = self._fork_copies
             self._fork_copies = []
         self.num_schedules += bool(step.entries)
-        return step.schedule(num_decodes)
+        return step.build(num_decodes)
 
     def advance(self, schedule: Schedule) -> None:
         """The step was submitted: the next `schedule` counts its tokens as computed."""
