@@ -87,12 +87,6 @@ void check_rope_sets(const Batch& batch, const BatchLimits& limits) {
   }
 }
 
-// Of a field for a feature that is not computed yet.
-void check_unused(const Batch& batch) {
-  require(batch.embeddings.empty(),
-          "embeddings are given, but a step takes only token_ids yet: leave them out");
-}
-
 }  // namespace
 
 std::int64_t Batch::num_logprobs() const {
@@ -160,7 +154,6 @@ void check(const Batch& batch, const BatchLimits& limits) {
   check_rows(batch, limits);
   check_adapters(batch, limits.num_adapters);
   check_rope_sets(batch, limits);
-  check_unused(batch);
 }
 
 void StepUpload::reserve(Backend& backend, const BatchLimits& limits, std::int64_t max_blocks) {

@@ -20,8 +20,6 @@ struct Batch {
   std::vector<std::int32_t> rope_sets;    // empty: 0, the set of short sequences
   // Of each sequence, how many of its first tokens are padding (see `even`); empty: none.
   std::vector<std::int32_t> front_padding;
-  // For a feature that is not computed yet; `check` refuses it.
-  std::vector<float> embeddings;
 
   std::int64_t num_tokens() const { return static_cast<std::int64_t>(token_ids.size()); }
   std::int64_t num_seqs() const { return static_cast<std::int64_t>(context_lens.size()); }

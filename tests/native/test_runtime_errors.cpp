@@ -55,7 +55,6 @@ void bad_batches() {
       {"sampling[0].num_logprobs", [](Batch& b) { b.sampling[0].num_logprobs = 54; }},
       {"sampling[2].state_row", [](Batch& b) { b.sampling[2].state_row = 6; }},
       {"adapter_ids", [](Batch& b) { b.adapter_ids = {-1, 0, -1}; }},
-      {"embeddings", [](Batch& b) { b.embeddings = {0.5f}; }},
   };
   for (const Wrong& wrong : all) {
     Batch batch = good();
