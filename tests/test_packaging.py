@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import importlib.metadata
 import importlib.util
 import inspect
@@ -244,6 +245,17 @@ def test_the_layout_in_the_readme_is_that_of_the_import_contract() -> None:
     rooms = {path.parent.name for path in (ROOT / "python/octavo").glob("*/__init__.py")}
     assert rooms - {"reference"} <= set(named)
     assert named == sorted(named, key=layer_of.__getitem__)
+
+
+def test_the_map_of_the_server_names_every_file() -> None:
+    text = (ROOT / "docs/server.md").read_text().partition("## How it is built")[2]
+    patterns = re.findall(r"[\w*]+\.(?:py|js)", text.partition("The engine runs in")[0])
+    folder = ROOT / "python/octavo/server"
+    files = [path.name for path in (*folder.glob("*.py"), *folder.glob("static/*.js"))]
+    found = {name for name in files if any(fnmatch.fnmatch(name, each) for each in patterns)}
+    assert set(files) - found == {"__init__.py"}
+    unknown = {each for each in patterns if not fnmatch.filter(files, each)}
+    assert unknown == {"highlight.js"}  # of vendor/
 
 
 def test_the_core_to_read_stays_small() -> None:
