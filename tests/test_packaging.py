@@ -247,15 +247,23 @@ def test_the_layout_in_the_readme_is_that_of_the_import_contract() -> None:
     assert named == sorted(named, key=layer_of.__getitem__)
 
 
-def test_the_map_of_the_server_names_every_file() -> None:
-    text = (ROOT / "docs/server.md").read_text().partition("## How it is built")[2]
-    patterns = re.findall(r"[\w*]+\.(?:py|js)", text.partition("The engine runs in")[0])
-    folder = ROOT / "python/octavo/server"
+# By page: the words around its map of a folder's files, and names of files that are elsewhere.
+MAPS = {
+    "server": ("## How it is built", "The engine runs in", {"highlight.js"}),
+    "engine": ("# The engine", "octavo/trace/", {"llm.py", "loader.py"}),
+}
+
+
+@pytest.mark.parametrize("room", MAPS)
+def test_the_map_of_a_room_names_every_file(room: str) -> None:
+    begin, end, elsewhere = MAPS[room]
+    text = (ROOT / f"docs/{room}.md").read_text().partition(begin)[2].partition(end)[0]
+    patterns = re.findall(r"[\w*]+\.(?:py|js)", text)
+    folder = ROOT / "python/octavo" / room
     files = [path.name for path in (*folder.glob("*.py"), *folder.glob("static/*.js"))]
     found = {name for name in files if any(fnmatch.fnmatch(name, each) for each in patterns)}
     assert set(files) - found == {"__init__.py"}
-    unknown = {each for each in patterns if not fnmatch.filter(files, each)}
-    assert unknown == {"highlight.js"}  # of vendor/
+    assert {each for each in patterns if not fnmatch.filter(files, each)} == elsewhere
 
 
 def test_the_core_to_read_stays_small() -> None:
