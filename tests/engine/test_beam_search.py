@@ -302,5 +302,19 @@ def test_beams_that_are_preempted_report_for_the_tokens_that_they_have(seed: int
         ]
 
 
+def test_searches_of_one_time_do_not_wait_for_each_other() -> None:
+    """So long is a level of priority that no float tells their times of arrival apart."""
+    engine = fake_engine(max_num_seqs=3, priority_ageing_seconds=1e18)
+    want = {}
+    for index, width in enumerate((3, 2, 3, 1, 2)):
+        params = BeamSearchParams(width, 9, ignore_eos=True)
+        prompt = [(11 * index + k * k) % 90 for k in range(4 + index)]
+        search = BeamSearch(params, (), params.max_tokens)
+        engine.add_request(f"s{index}", prompt, params.sampling_params(), search=search, priority=1)
+        want[f"s{index}"] = [tokens for tokens, _ in expected(fake_row, prompt, params)]
+    outputs = run_to_end(engine, max_steps=500)
+    assert {name: tokens_of(output) for name, output in outputs.items()} == want
+
+
 def answer_of(output: CompletionOutput) -> tuple[tuple[int, ...], float]:
     return tuple(output.token_ids), output.cumulative_logprob

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from octavo.grammar.matcher import Grammar  # which needs NumPy
 
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
-Rank = tuple[float, int]
+Rank = tuple[float, int, int]
 """The position of a sequence in every queue, smallest first; see `Scheduler.add`."""
 
 
@@ -101,7 +101,7 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.watches_answer = self.has_penalties or bool(self.params.logits_processors)
-        self.rank = (self.arrival_time, 0)
+        self.rank = (self.arrival_time, 0, self.sample_index)
 
     def use_rope(self, rope_set: int) -> None:
         """Choose the set of rope frequencies, while no block is held: keys depend on it."""

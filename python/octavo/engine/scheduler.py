@@ -98,14 +98,15 @@ class Scheduler(SequenceQueues):
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; InvalidArgumentError if it could never be answered.
 
-        Its rank is its time of arrival, plus priority_ageing_seconds for each level of priority.
-        All waiting sequences age equally fast, so ranks never change. A more urgent sequence that
-        comes later than this difference stays behind an older one, so no sequence starves.
+        Its rank is its time of arrival, plus priority_ageing_seconds for each level of priority: no
+        rank ever changes, and no sequence starves, however many urgent ones come. Those of one
+        request stay together, so that of two searches one has all of its beams before the other.
         """
-        max_tokens = sequence.params.max_tokens
+        max_tokens, leader = sequence.params.max_tokens, sequence.leader
         self.check_fits(sequence.num_prompt_tokens, max_tokens)
         delay = sequence.priority * self.limits.priority_ageing_seconds
-        sequence.rank = (sequence.arrival_time + delay, next(self._arrival_numbers))
+        number = next(self._arrival_numbers) if leader is None else leader.rank[1]
+        sequence.rank = (sequence.arrival_time + delay, number, sequence.sample_index)
         sequence.max_total_tokens = self.max_total_tokens(sequence.num_prompt_tokens, max_tokens)
         self._waiting.add(sequence)
 
