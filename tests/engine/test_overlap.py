@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,25 @@ def test_penalties_wait_for_the_tokens_they_count() -> None:
     plain = facts(run(make_engine(), {"subject1": (requests["subject1"][0], MODES["greedy"])}))
     assert expected["subject1"] != plain["subject1"]
     assert facts(run(make_engine(overlap_steps=True), requests)) == expected
+
+
+def test_the_step_behind_the_last_answer_is_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its failure would take the answer along, which is whole."""
+    engine = make_engine(overlap_steps=True)
+    right = Pipeline.sample
+
+    def sample(self: Pipeline, *arrays: Any) -> None:
+        if not engine.has_unfinished_requests:
+            raise RuntimeError("out of luck")
+        right(self, *arrays)
+
+    monkeypatch.setattr(Pipeline, "sample", sample)
+    params = SamplingParams(**GREEDY, max_tokens=9, frequency_penalty=0.5)
+    prompt = prompt_of(20, seed=1)
+    tokens = run(engine, {"a": (prompt, params)})["a"].outputs[0].token_ids
+    ended = replace(params, stop_token_ids=(tokens[4],))  # which nobody knows in advance
+    (answer,) = run(engine, {"a": (prompt, ended)})["a"].outputs
+    assert answer.token_ids == tokens[: tokens.index(tokens[4]) + 1]
 
 
 def test_blocks_are_copied_in_the_order_of_the_list_across_groups() -> None:

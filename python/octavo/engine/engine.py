@@ -252,14 +252,14 @@ class Engine(Endings):
             if ended is not None:
                 self.num_steps += 1
                 self._undelivered += self._update(*ended)
-                with self._undone_after_error():
-                    if (waiting := self._pipeline.unsampled) is not None:
-                        self._pipeline.sample(*self._steering.arrays(waiting))
                 if not self._requests:
                     self._abandon_steps()  # no request needs the steps still in flight
                     if self._last_step_end - self._last_check >= IDLE_CHECK_SECONDS:
                         self._last_check = self._last_step_end
                         self.check_integrity()
+                elif (waiting := self._pipeline.unsampled) is not None:
+                    with self._undone_after_error():
+                        self._pipeline.sample(*self._steering.arrays(waiting))
             # Among them those that an earlier step, which failed, did not deliver.
             chunks, self._undelivered = self._undelivered, []
             return chunks
