@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from octavo.errors import InvalidArgumentError
+from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.structured_outputs import StructuredOutputs
 from octavo.vllm_names import refuse_sampling
 
@@ -34,7 +34,7 @@ class Limits:
         is_float = isinstance(self.low, float)
         kind = numbers.Real if is_float else numbers.Integral
         right = isinstance(value, kind) and not isinstance(value, bool)
-        right = right and (not is_float or math.isfinite(value)) and value >= self.low
+        right = right and (not is_float or _is_finite(value)) and value >= self.low
         if right and (self.high is None or value <= self.high):
             return float(value) if is_float else int(value)
         if is_float:
@@ -44,6 +44,13 @@ class Limits:
             end = "or more" if self.high is None else f"to {self.high}"
             expected = f"an integer, {self.low} {end}"
         raise InvalidArgumentError(f"{name} is {value!r}; expected {expected} ({self.advice})")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that is no float64
+        return False
 
 
 def _limited(default: float | None, low: float, high: float | None, advice: str) -> Any:
@@ -155,7 +162,7 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        checked = {each.name: self._checked(each) for each in fields(self)}
+        checked = {each.name: self._readable(each) for each in fields(self)}
         if checked["top_k"] == -1:
             checked["top_k"] = 0
         if checked["top_n_sigma"] < 0:
@@ -176,6 +183,18 @@ class SamplingParams:
     def has_unusual_filters(self) -> bool:
         """Whether one of the filters is on that few requests use; asked before every step."""
         return self.top_n_sigma > 0 or self.typical_p < 1 or self.xtc_probability > 0
+
+    def _readable(self, option: Field[Any]) -> Any:
+        """As `_checked`; of what cannot even be compared it makes an InvalidArgumentError, too."""
+        try:
+            return self._checked(option)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, OctavoError):
+                raise
+            value = getattr(self, option.name)
+            raise InvalidArgumentError(
+                f"{option.name} is {value!r}; expected what `help(SamplingParams)` says: {error}"
+            ) from error
 
     def _checked(self, option: Field[Any]) -> Any:
         """The value of a field as it is kept; InvalidArgumentError names what is wrong with it."""
@@ -199,7 +218,9 @@ class SamplingParams:
                 raise InvalidArgumentError(f"{name} is {value!r}; expected True or False")
             return bool(value)
         is_none = value is None or (name in ("max_tokens", "seed") and value == -1)
-        return None if is_none else option.metadata["limits"].check(name, value)
+        found = None if is_none else option.metadata["limits"].check(name, value)
+        # More is as good as that, and logs and metrics take no integers of hundreds of digits.
+        return min(found, MAX_SEED) if isinstance(found, int) else found
 
 
 def _items(name: str, given: Any, kind: str) -> tuple[Any, ...]:

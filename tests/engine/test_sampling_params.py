@@ -34,6 +34,7 @@ from octavo.errors import InvalidArgumentError
         ({"skip_special_tokens": None, "ignore_eos": None}, {"skip_special_tokens": True}),
         ({"ignore_eos": np.bool_(True)}, {"ignore_eos": True}),
         ({"stop_token_ids": np.array([4, 5])}, {"stop_token_ids": (4, 5)}),
+        ({"max_tokens": 10**400, "top_k": 2**70}, {"max_tokens": 2**64 - 1, "top_k": 2**64 - 1}),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -68,6 +69,11 @@ def test_what_vllm_takes_is_understood(given: dict[str, Any], kept: dict[str, An
         ({"seed": 2**64}, "seed is"),
         ({"ignore_eos": "no"}, "ignore_eos is 'no'; expected True or False"),
         ({"stop": [5]}, "stop holds 5; expected strings"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"max_tokens": np.array([4, 5])}, "max_tokens is array"),
+        ({"ignore_eos": np.array([4, 5])}, "ignore_eos is array"),
+        ({"logits_processors": 3}, "logits_processors is 3"),
+        ({"logit_bias": (1, 2)}, "logit_bias is "),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -132,6 +132,20 @@ def test_what_was_asked_for_is_counted_of_answered_requests_alone(tmp_path: Path
     run(test)
 
 
+def test_a_limit_of_hundreds_of_digits_is_as_many_tokens_as_fit(llm: LLM) -> None:
+    """It was no number for a metric: the client waited for ever, as did others of its step."""
+
+    async def test() -> None:
+        async with serving(llm) as (client, _):
+            bodies = [{"prompt": "hello", "max_tokens": each} for each in (10**400, 4)]
+            posts = [client.post(COMPLETIONS, json=body) for body in bodies]
+            responses = await asyncio.wait_for(asyncio.gather(*posts), 20)
+            assert [response.status_code for response in responses] == [200, 200]
+            assert await metric(client, "request_params_max_tokens_count") == 2
+
+    run(test)
+
+
 @pytest.mark.parametrize("num_answers", [1, 4])
 def test_the_time_for_a_token_is_that_of_one_answer(llm: LLM, num_answers: int) -> None:
     """Each step gives all answers a token, so it is about a step's time for any number of them."""
