@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from octavo.config import EngineConfig
 from octavo.engine.adapters import AdapterTable
@@ -36,6 +36,7 @@ from octavo.prompts import (
     for_each,
     one_of,
     params_for_each,
+    split_conversations,
     split_prompts,
 )
 from octavo.sampling_params import SamplingParams
@@ -191,8 +192,7 @@ class LLM(LoadedModel):
         adapter = self._adapter(adapter, lora_request)
         template_variables |= chat_template_kwargs or {}
         call = Call(self._shared)
-        many = bool(messages) and not isinstance(messages[0], Mapping)
-        conversations = cast("Sequence[Conversation]", messages if many else [messages])
+        many, conversations = split_conversations(messages)
         encode = partial(self.encode_chat, **template_variables)
         encoded = for_each(conversations, encode, "conversation" if many else None)
         return self._run_all(call, encoded, params, progress, adapter)
@@ -260,6 +260,7 @@ class LLM(LoadedModel):
         """
         call = Call(self._shared)
         params = params or ContrastiveParams()
+        own = params.sampling_params()
         if isinstance(prompts, EncodedPrompt):
             encoded = [prompts]
         else:
@@ -277,8 +278,7 @@ class LLM(LoadedModel):
             ids = list(prompt.token_ids)
             search = ContrastiveDecoding(params, small, index, ids, stops, room, vocab_size)
             searches.append(search)
-        each = [params.sampling_params()] * len(encoded)
-        return self._run_all(call, encoded, each, progress, None, searches)
+        return self._run_all(call, encoded, own, progress, None, searches)
 
     def stream(
         self,
@@ -350,6 +350,10 @@ class LLM(LoadedModel):
             return adapter
         if adapter is not None:
             raise InvalidArgumentError("adapter and lora_request are both given; expected one")
+        if not hasattr(request, "lora_name"):
+            raise InvalidArgumentError(
+                f"lora_request is {request!r}; expected LoRARequest(name, number, folder)"
+            )
         name, folder = request.lora_name, Path(request.lora_path)
 
         def load(adapters: AdapterTable) -> None:  # other threads may ask for the same adapter
@@ -415,12 +419,12 @@ class LLM(LoadedModel):
                     source, limit - call.num_open
                 ):
                     num_taken += 1
-                    if params.seed is None:
-                        seed = derive_seed(self.engine.seed, f"key {key}")
-                        params = replace(params, seed=seed)
                     try:
                         encoded = self.encode(prompt)
                         self.engine.check_request(encoded.token_ids, params)
+                        if params.seed is None:
+                            seed = derive_seed(self.engine.seed, f"key {key}")
+                            params = replace(params, seed=seed)
                     except (InvalidArgumentError, TokenizerError) as error:
                         yield key, refused_output(prompt, error)
                     else:

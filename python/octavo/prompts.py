@@ -85,6 +85,19 @@ def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[bool, list[Prompt
     return True, cast("list[Prompt]", items)
 
 
+def split_conversations(
+    messages: Conversation | Sequence[Conversation],
+) -> tuple[bool, Sequence[Conversation]]:
+    """(whether a list of conversations was given, these); InvalidArgumentError for no list."""
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+        raise InvalidArgumentError(
+            f"messages is {messages!r}; expected a list of messages, as [{{'role': 'user', "
+            f"'content': 'Hello'}}], or a list of such lists"
+        )
+    many = bool(messages) and not isinstance(messages[0], Mapping)
+    return many, cast("Sequence[Conversation]", messages if many else [messages])
+
+
 def prompt_of(given: Mapping[str, Any]) -> str | Sequence[int]:
     """A prompt as vLLM's users write it: {"prompt": text} or {"prompt_token_ids": ids}."""
     if "role" in given:
@@ -116,10 +129,13 @@ def one_of(
 def params_for_each(
     params: SamplingParams | Sequence[SamplingParams] | None, count: int
 ) -> list[SamplingParams]:
-    """The parameters of each prompt; InvalidArgumentError if they are not as many."""
+    """The parameters of each prompt; InvalidArgumentError if they are none, or not as many."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
-    each = list(params)
+    is_list = isinstance(params, Iterable) and not isinstance(params, Mapping)
+    each: list[Any] = list(params) if is_list else [params]
+    if wrong := [one for one in each if not isinstance(one, SamplingParams)]:
+        raise InvalidArgumentError(f"params is {wrong[0]!r}; expected SamplingParams(...)")
     if len(each) != count:
         raise InvalidArgumentError(
             f"params has {len(each)} entries for {count} prompts; expected one for all, or one "

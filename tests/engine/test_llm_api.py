@@ -199,6 +199,20 @@ def test_one_bad_prompt_stops_all_before_any_runs(llm: LLM, prompts: Any, messag
 def test_bad_params(llm: LLM) -> None:
     with pytest.raises(InvalidArgumentError, match="params has 1 entries for 2 prompts"):
         llm.generate(["A", "B"], [GREEDY], progress=False)
+    wrong: Any = {"temperature": 0}
+    for ask in (llm.generate, llm.stream, lambda _, own: llm.generate("A", [GREEDY, own])):
+        with pytest.raises(InvalidArgumentError, match="params is {'temperature': 0}; expected"):
+            ask("A", wrong)
+    keyed = llm.generate_as_completed([(1, "A", wrong), (2, "A", GREEDY)])
+    assert sorted((key, bool(output.error)) for key, output in keyed) == [(1, True), (2, False)]
+    with pytest.raises(InvalidArgumentError, match="lora_request is 'sql'; expected LoRARequest"):
+        llm.generate("A", GREEDY, lora_request="sql")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match=r"the adapter \['sql'\] is not loaded"):
+        llm.generate("A", GREEDY, adapter=["sql"], progress=False)  # type: ignore[arg-type]
+    for messages in ({"role": "user", "content": "HI"}, "HI", 3):
+        with pytest.raises(InvalidArgumentError, match="expected a list of messages, as "):
+            llm.chat(messages, GREEDY)  # type: ignore[arg-type]
+    assert is_clean(llm)
     with pytest.raises(InvalidArgumentError, match="LLM has no option max_len, temperature"):
         LLM("/nowhere", max_len=4, temperature=1)
     with pytest.raises(InvalidArgumentError, match="block_size is 7"):

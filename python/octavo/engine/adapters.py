@@ -125,7 +125,7 @@ class AdapterTable:
             self._unload(entry)
 
     def _find(self, name: str) -> _Entry:
-        entry = self._entries.get(name)
+        entry = self._entries.get(name) if isinstance(name, str) else None
         if entry is None:
             raise AdapterNotFoundError(name, tuple(self._entries))
         return entry

@@ -107,7 +107,9 @@ def check_tokens(
     vocab_size: int,
     eos_token_ids: Collection[int],
 ) -> None:
-    """Raise an InvalidArgumentError for a token id that the model does not have."""
+    """Raise an InvalidArgumentError for a token id that the model does not have, and no params."""
+    if not isinstance(params, SamplingParams):
+        raise InvalidArgumentError(f"params is {params!r}; expected SamplingParams(...)")
     is_plain = set(map(type, prompt_token_ids)) == {int}  # a long prompt is checked in microseconds
     if not (is_plain and min(prompt_token_ids) >= 0 and max(prompt_token_ids) < vocab_size):
         for position, token in enumerate(prompt_token_ids):
