@@ -174,11 +174,11 @@ def test_every_request_has_an_end(log: LogFile) -> None:
 
 def test_prompts_that_are_computed_alone_are_replayed_so() -> None:
     """Those that were scored, or embedded: no token is sampled."""
-    prompts = [replace(each, num_output_tokens=0, n=1, abort_after=None) for each in traffic()]
+    prompts = [replace(each, num_output_tokens=0, abort_after=None) for each in traffic()]
     first = simulate(prompts, options(), 120)
     log = log_of(first.engine.events)
     assert first.engine.stats().num_sampled_tokens == 0
-    assert {output.outputs[0].finish_reason for output in first.outputs.values()} == {"length"}
+    assert summarize(log).finished == {"length": sum(each.n for each in prompts)}
     again = simulate(arrivals_of(log), options(), 120)
     assert again.engine.num_steps == first.engine.num_steps
     assert again.engine.stats().num_sampled_tokens == 0

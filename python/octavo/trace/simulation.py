@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -317,7 +317,7 @@ class Simulation:
 
     def _params_of(self, arrival: Arrival) -> tuple[SamplingParams, RecordedSearch | None]:
         if not arrival.num_output_tokens:  # its prompt was scored, or embedded
-            return EMBED, None
+            return replace(EMBED, n=arrival.n), None
         lengths = [end.num_output_tokens for end in arrival.ends] or [arrival.num_output_tokens]
         # No more than this cache holds, which may be smaller than the log's.
         length = arrival.num_prompt_tokens
