@@ -176,6 +176,22 @@ def test_a_detokenizer_that_fails_ends_its_request_alone(llm: LLM) -> None:
     run(test)
 
 
+def test_an_observer_that_fails_loses_no_chunk(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    def observe(chunk: object) -> None:
+        raise OverflowError("a planted fault")
+
+    async def test() -> None:
+        thread = await started(llm)
+        streams = [thread.submit(request(f"r{i}")) for i in range(3)]
+        streams[1].observe = observe
+        for stream in streams:
+            assert len((await stream.wait()).outputs[0].token_ids) == 12
+        await thread.stop()
+
+    run(test)
+    assert "an observer of r1 failed" in caplog.text
+
+
 def test_errors_of_adding_come_out_of_the_stream(tmp_path: Path) -> None:
     llm = fake_llm(tmp_path, max_waiting_requests=2, max_num_seqs=1)
 

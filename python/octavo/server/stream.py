@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from octavo.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from octavo.engine.engine import Engine
 
+_log = logging.getLogger("octavo.server")
 _REFUSALS = (InvalidArgumentError, QueueFullError, AdaptersInUseError)
 
 
@@ -87,10 +89,13 @@ class ResultStream:
             self.result = item.result
             if item.result is not None:  # of a search all of them are known now
                 self.num_output_tokens = item.result.metrics.num_output_tokens
-        if self.observe is not None and not isinstance(item, _REFUSALS):
-            self.observe(item if isinstance(item, OutputChunk) else None)
         if self.has_ended or not self._only_end:
             self._changed.set()
+        if self.observe is not None and not isinstance(item, _REFUSALS):
+            try:
+                self.observe(item if isinstance(item, OutputChunk) else None)
+            except Exception:  # a figure is lost, not the answers of this step
+                _log.exception("an observer of %s failed", self.request.request_id)
 
     @property
     def time_to_first_token(self) -> float | None:
