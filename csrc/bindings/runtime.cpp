@@ -15,8 +15,7 @@ void make_batch(Batch* self, Array1<std::int32_t> token_ids, Array1<std::int32_t
                 Array1<std::int32_t> context_lens, Array3<std::int32_t> block_tables,
                 Array1<std::int32_t> logit_rows, nb::object sampling,
                 std::optional<Array1<std::int32_t>> adapter_ids,
-                std::optional<Array1<std::int32_t>> rope_sets,
-                std::optional<Array2<float>> embeddings) {
+                std::optional<Array1<std::int32_t>> rope_sets) {
   Batch batch;
   batch.token_ids = to_vector<std::int32_t>(token_ids);
   batch.row_starts = to_vector<std::int32_t>(row_starts);
@@ -31,7 +30,6 @@ void make_batch(Batch* self, Array1<std::int32_t> token_ids, Array1<std::int32_t
       sampling.is_none() ? std::vector<SamplingRow>(logit_rows.size()) : sampling_rows(sampling);
   if (adapter_ids) batch.adapter_ids = to_vector<std::int32_t>(*adapter_ids);
   if (rope_sets) batch.rope_sets = to_vector<std::int32_t>(*rope_sets);
-  if (embeddings) batch.embeddings = to_vector<float>(*embeddings);
   new (self) Batch(std::move(batch));
 }
 
@@ -193,8 +191,7 @@ void bind_runtime(nb::module_& module) {
            nb::arg("row_starts").noconvert(), nb::arg("context_lens").noconvert(),
            nb::arg("block_tables").noconvert(), nb::arg("logit_rows").noconvert(),
            nb::arg("sampling") = nb::none(), nb::arg("adapter_ids").noconvert() = nb::none(),
-           nb::arg("rope_sets").noconvert() = nb::none(),
-           nb::arg("embeddings").noconvert() = nb::none());
+           nb::arg("rope_sets").noconvert() = nb::none());
 
   nb::class_<StepOutput>(module, "StepOutput")
       .def_ro("token_ids", &StepOutput::token_ids)

@@ -116,7 +116,6 @@ class Batch:
     adapter_ids: int32 (num_seqs,), the place of each sequence's adapter, -1 for none.
     rope_sets: int32 (num_seqs,), 1 for a sequence of more than the model's rope_switch tokens, now
         or by its end: it turns by long_frequencies. All steps of it must agree. Left out: 0.
-    embeddings: float32 (num_tokens, hidden_size), in place of token_ids. No runtime takes them yet.
     """
 
     def __init__(
@@ -129,7 +128,6 @@ class Batch:
         sampling: SamplingRows | None = None,
         adapter_ids: Int32 | None = None,
         rope_sets: Int32 | None = None,
-        embeddings: Float32 | None = None,
     ) -> None: ...
 
 class StepOutput:
