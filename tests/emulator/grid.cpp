@@ -19,7 +19,7 @@ namespace {
 constexpr std::size_t kStackBytes = 256 * 1024;
 constexpr unsigned kWarp = 32;
 
-enum class State { ready, at_barrier, in_warp, before_previous_kernel, finished };
+enum class State : unsigned char { ready, at_barrier, in_warp, before_previous_kernel, finished };
 
 struct Copy {
   void* shared;
@@ -30,11 +30,12 @@ struct Copy {
 struct ThreadState {
   Fiber fiber;
   void* stack = allocate_stack(kStackBytes);
-  Thread place;
-  State state = State::ready;
+  uint3 place{};       // in its block
+  unsigned index = 0;  // the same as one number
   const char* waits_at = "";
   int line = 0;
   bool waited = false;                        // for the previous kernel
+  bool is_unfinished = false;                 // its last grid ended by an error
   std::vector<Copy> open_copies;              // begun, not committed
   std::deque<std::vector<Copy>> copy_groups;  // committed, oldest first
 };
@@ -72,6 +73,7 @@ class Grid : public StartedGrid {
       for (std::size_t i = blocks_.size(); i > 1; --i)
         std::swap(blocks_[i - 1], blocks_[random_.below(i)]);
     }
+    states_.assign(num_threads_, State::finished);
     while (threads_.size() < num_threads_) {
       if (spare_threads().empty()) spare_threads().push_back(new ThreadState);
       threads_.push_back(spare_threads().back());
@@ -79,6 +81,9 @@ class Grid : public StartedGrid {
     }
   }
   ~Grid() override {
+    for (unsigned i = 0; i < num_threads_; ++i) {
+      if (states_[i] != State::finished) threads_[i]->is_unfinished = true;
+    }
     spare_threads().insert(spare_threads().end(), threads_.begin(), threads_.end());
   }
 
@@ -93,8 +98,9 @@ class Grid : public StartedGrid {
   void finish() override {
     const Running now(this);
     const bool has_started = std::exchange(is_early_, false);
+    if (has_started) current = place_of(blocks_[0]);
     for (unsigned i = 0; has_started && i < num_threads_; ++i) {
-      if (threads_[i]->state == State::before_previous_kernel) make_ready(*threads_[i]);
+      if (states_[i] == State::before_previous_kernel) make_ready(i);
     }
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       if (i > 0 || !has_started) begin_block(blocks_[i]);
@@ -109,7 +115,7 @@ class Grid : public StartedGrid {
 
   void wait(State state, const char* what, int line = 0) {
     ThreadState& thread = *running_;
-    thread.state = state;
+    states_[thread.index] = state;
     thread.waits_at = what;
     thread.line = line;
     leave();
@@ -140,7 +146,7 @@ class Grid : public StartedGrid {
     }
     num_at_barrier_ = 0;
     for (unsigned i = 0; i < num_threads_; ++i) {
-      if (threads_[i] != running_) make_ready(*threads_[i]);
+      if (threads_[i] != running_) make_ready(i);
     }
     yield();
   }
@@ -167,11 +173,13 @@ class Grid : public StartedGrid {
     }
     body(found->lanes);
     meetings.erase(found);
+    const unsigned warp = current.index / kWarp;
     for (unsigned other = 0; other < kWarp; ++other) {
-      if (other != lane && (mask >> other & 1u))
-        make_ready(*threads_[current.index / kWarp * kWarp + other]);
+      if (mask >> other & 1u) states_[warp * kWarp + other] = State::ready;
     }
-    yield();
+    // With this lane, where the others get a chance to go first.
+    turns_.add(warp, options().seed ? mask : mask & ~bit);
+    if (options().seed) leave();
   }
 
   ThreadState& running() { return *running_; }
@@ -193,23 +201,24 @@ class Grid : public StartedGrid {
   // Runs on a fiber: the whole life of one CUDA thread.
   static void thread_main();
 
-  void make_ready(ThreadState& thread) {
-    thread.state = State::ready;
-    turns_.add(thread.place.index);
+  void make_ready(unsigned thread) {
+    states_[thread] = State::ready;
+    turns_.add(thread);
   }
 
   // Whose turn it is.
   Fiber& choose() {
     running_ = threads_[turns_.take()];
-    current = running_->place;
+    current.thread = running_->place;
+    current.index = running_->index;
     return running_->fiber;
   }
 
   // Lets the others have a chance to go first.
   void yield() {
     if (!options().seed) return;
-    make_ready(*running_);
-    wait(State::ready, "");
+    make_ready(running_->index);
+    leave();
   }
 
   // Whose threads `current` and the others mean, until this goes.
@@ -221,8 +230,18 @@ class Grid : public StartedGrid {
     Running& operator=(const Running&) = delete;
   };
 
+  // Of the first thread of a block.
+  Thread place_of(std::size_t block) const {
+    const dim3 grid = launch_.grid;
+    const uint3 at = {static_cast<unsigned>(block % grid.x),
+                      static_cast<unsigned>(block / grid.x % grid.y),
+                      static_cast<unsigned>(block / grid.x / grid.y)};
+    return {{}, at, launch_.block, grid, 0};
+  }
+
   void begin_block(std::size_t block) {
-    const dim3 grid = launch_.grid, size = launch_.block;
+    const dim3 size = launch_.block;
+    current = place_of(block);
     // Its own piece of memory, exactly as long as asked for, so that the address sanitizer sees
     // the first byte behind it.
     shared_ = GuardedBytes(launch_.shared_bytes);
@@ -231,19 +250,15 @@ class Grid : public StartedGrid {
     for (std::vector<Meeting>& meetings : warps_) meetings.clear();
     for (unsigned i = 0; i < num_threads_; ++i) {
       ThreadState& thread = *threads_[i];
-      thread.place.thread = {i % size.x, i / size.x % size.y, i / size.x / size.y};
-      thread.place.block = {static_cast<unsigned>(block % grid.x),
-                            static_cast<unsigned>(block / grid.x % grid.y),
-                            static_cast<unsigned>(block / grid.x / grid.y)};
-      thread.place.block_size = size;
-      thread.place.grid_size = grid;
-      thread.place.index = i;
+      thread.place = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+      thread.index = i;
       thread.waited = false;
       thread.open_copies.clear();
       thread.copy_groups.clear();
-      if (thread.state != State::finished) forget_frames(thread.stack, kStackBytes);
+      if (std::exchange(thread.is_unfinished, false) || states_[i] != State::finished)
+        forget_frames(thread.stack, kStackBytes);
       prepare(thread.fiber, thread.stack, kStackBytes, &thread_main);
-      make_ready(thread);
+      make_ready(i);
     }
   }
 
@@ -280,15 +295,14 @@ class Grid : public StartedGrid {
       }
     }
     if (is_early_) return;
-    const auto num_finished =
-        std::count_if(threads_.begin(), threads_.end(),
-                      [](const ThreadState* each) { return each->state == State::finished; });
+    const auto num_finished = std::count(states_.begin(), states_.end(), State::finished);
     for (unsigned i = 0; i < num_threads_; ++i) {
       const ThreadState& thread = *threads_[i];
-      if (thread.state == State::finished) continue;
-      current = thread.place;
+      if (states_[i] == State::finished) continue;
+      current.thread = thread.place;
+      current.index = i;
       const std::string place =
-          thread.state == State::at_barrier
+          states_[i] == State::at_barrier
               ? text_of("__syncthreads of ", thread.waits_at, ":", thread.line)
               : text_of(thread.waits_at);
       fail(text_of("waits for ever in ", place, ": ", num_finished, " of ", num_threads_,
@@ -303,6 +317,7 @@ class Grid : public StartedGrid {
   Random random_;
   unsigned num_threads_ = 0;
   std::vector<ThreadState*> threads_;
+  std::vector<State> states_;        // of the threads; apart, since one lane sets a whole warp's
   std::vector<std::size_t> blocks_;  // in the order in which they run
   bool is_early_ = false;
   GuardedBytes shared_;
@@ -331,7 +346,7 @@ void Grid::thread_main() {
   } catch (...) {
     grid.error_ = std::current_exception();
   }
-  self.state = State::finished;
+  grid.states_[self.index] = State::finished;
   grid.leave(true);
 }
 

@@ -6,6 +6,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#include <cuda_fp16.h>
 
 #include "grid.h"
 
@@ -70,6 +73,30 @@ inline float add_products(const double (&a)[16], const double (&b)[16], float c,
   return c;
 }
 
+// The number whose 16 bits these are: f16 or bf16. (The headers' conversion of f16 takes a host ten
+// times as long, and matrix products call for it all the time.)
+template <class T>
+double number_of(std::uint32_t bits) {
+  const auto as_float = [](std::uint32_t of) {
+    float number = 0;
+    std::memcpy(&number, &of, sizeof(of));
+    return number;
+  };
+  if constexpr (std::is_same_v<T, __half>) {
+    const std::uint32_t size = bits & 0x7fffu;
+    const bool is_finite = size < 0x7c00u;
+    // The exponent counts from 15 in place of 127.
+    const float number =
+        is_finite ? as_float(size << 13) * 0x1p112f : as_float(size << 13 | 0x7f800000u);
+    return bits & 0x8000u ? -number : number;
+  } else {
+    return as_float(bits << 16);
+  }
+}
+
+// sums = a b.
+void multiply(double (&sums)[16][8], const double (&a)[16][16], const double (&b)[16][8]);
+
 // mma.m16n8k16: d (16 x 8, float32) += a (16 x 16) times b (16 x 8), both of T, which has 16 bits.
 // With g = lane / 4 and p = 2 (lane % 4), (m, k) of a, (k, n) of b and (m, n) of d:
 //   a[0] = (g, p..p+1), a[1] = (g + 8, p..), a[2] = (g, p + 8..), a[3] = (g + 8, p + 8..)
@@ -84,9 +111,7 @@ void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4], const std::
   warp_collective(0xffffffffu, "mma.m16n8k16", &mine, [](void* const* lanes) {
     double a[16][16], b[16][8];
     const auto number = [](std::uint32_t pair, unsigned i) {
-      T numbers[2];
-      std::memcpy(static_cast<void*>(numbers), &pair, sizeof(pair));
-      return static_cast<double>(static_cast<float>(numbers[i]));
+      return number_of<T>(pair >> 16 * i & 0xffffu);
     };
     for (unsigned i = 0; i < 32; ++i) {
       const auto& lane = *static_cast<Lane*>(lanes[i]);
@@ -97,12 +122,8 @@ void multiply_accumulate(float (&d)[4], const std::uint32_t (&a)[4], const std::
         for (unsigned r = 0; r < 2; ++r) b[pair + 8 * r + e][group] = number(lane.b[r], e);
       }
     }
-    double sums[16][8] = {};
-    for (unsigned m = 0; m < 16; ++m) {
-      for (unsigned k = 0; k < 16; ++k) {
-        for (unsigned n = 0; n < 8; ++n) sums[m][n] += a[m][k] * b[k][n];
-      }
-    }
+    double sums[16][8];
+    multiply(sums, a, b);
     const unsigned rounding = options().tensor_cores;
     for (unsigned i = 0; i < 32; ++i) {
       const auto& lane = *static_cast<Lane*>(lanes[i]);

@@ -6,7 +6,7 @@ namespace cuda_emulator {
 
 void Turns::start_block(std::size_t num_threads, Random* random) {
   random_ = random;
-  num_ready_ = 0;
+  ready_warps_ = 0;
   ready_.assign((num_threads + kWarp - 1) / kWarp, 0);
   warps_.start(static_cast<unsigned>(ready_.size()));
   lanes_.start(kWarp);
@@ -36,24 +36,24 @@ void Turns::draw_priorities() {
   for (const unsigned thread : threads) add(thread);
 }
 
-void Turns::add(unsigned thread) {
-  ready_[warps_.place[thread / kWarp]] |= 1u << lanes_.place[thread % kWarp];
-  ++num_ready_;
+void Turns::add(unsigned warp, std::uint32_t lanes) {
+  const unsigned place = warps_.place[warp];
+  ready_warps_ |= 1u << place;
+  if (~lanes == 0) ready_[place] = lanes;
+  for (; ~lanes != 0 && lanes != 0; lanes &= lanes - 1)
+    ready_[place] |= 1u << lanes_.place[static_cast<unsigned>(__builtin_ctz(lanes))];
 }
 
+// Any of them; not each as often as another.
 unsigned Turns::any_bit(std::uint32_t bits) {
-  unsigned skip =
-      static_cast<unsigned>(random_->below(static_cast<std::size_t>(__builtin_popcount(bits))));
-  for (; skip; --skip) bits &= bits - 1;
-  return static_cast<unsigned>(__builtin_ctz(bits));
+  const auto from = static_cast<unsigned>(random_->below(32));
+  const std::uint32_t turned = bits >> from | bits << (32 - from) % 32;
+  return (static_cast<unsigned>(__builtin_ctz(turned)) + from) % 32;
 }
 
 unsigned Turns::take() {
   if (manner_ == Manner::any) {
-    std::size_t warp = 0;
-    do {
-      warp = random_->below(ready_.size());
-    } while (!ready_[warp]);
+    const unsigned warp = any_bit(ready_warps_);
     return take(warp, any_bit(ready_[warp]));
   }
   constexpr std::size_t kPicksBetweenChanges = 40;
@@ -63,14 +63,13 @@ unsigned Turns::take() {
 }
 
 unsigned Turns::take_first() {
-  std::size_t warp = 0;
-  while (!ready_[warp]) ++warp;
+  const auto warp = static_cast<unsigned>(__builtin_ctz(ready_warps_));
   return take(warp, static_cast<unsigned>(__builtin_ctz(ready_[warp])));
 }
 
-unsigned Turns::take(std::size_t warp, unsigned lane) {
+unsigned Turns::take(unsigned warp, unsigned lane) {
   ready_[warp] &= ~(1u << lane);
-  --num_ready_;
+  if (!ready_[warp]) ready_warps_ &= ~(1u << warp);
   return warps_.at[warp] * kWarp + lanes_.at[lane];
 }
 

@@ -35,8 +35,9 @@ class Turns {
  public:
   // random: null for ascending order.
   void start_block(std::size_t num_threads, Random* random);
-  void add(unsigned thread);
-  bool empty() const { return num_ready_ == 0; }
+  void add(unsigned thread) { add(thread / kWarp, 1u << thread % kWarp); }
+  void add(unsigned warp, std::uint32_t lanes);  // a bit a lane; none of them is ready already
+  bool empty() const { return ready_warps_ == 0; }
   unsigned take();
 
  private:
@@ -51,13 +52,13 @@ class Turns {
   };
 
   void draw_priorities();
-  unsigned any_bit(std::uint32_t bits);
+  unsigned any_bit(std::uint32_t bits);  // bits: not 0
   unsigned take_first();
-  unsigned take(std::size_t warp, unsigned lane);  // by their places
+  unsigned take(unsigned warp, unsigned lane);  // by their places
 
   Random* random_ = nullptr;
   Manner manner_ = Manner::ascending;
-  std::size_t num_ready_ = 0;
+  std::uint32_t ready_warps_ = 0;     // a bit a warp of which a lane is ready, by their places
   std::vector<std::uint32_t> ready_;  // a bit a lane, a word a warp, by their places
   Order warps_, lanes_;
 };

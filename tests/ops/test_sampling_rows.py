@@ -106,21 +106,6 @@ def test_the_number_of_rows_is_that_of_the_logit_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"embeddings": np.zeros((1, 36), np.float32)}, "a step takes only token_ids yet: leave"),
-    ],
-)
-def test_what_is_declared_and_not_computed_yet_is_refused(
-    arguments: dict[str, Any], message: str
-) -> None:
-    runtime = tiny_runtime()
-    with pytest.raises(ValueError, match=f"{next(iter(arguments))} are given, but {message}"):
-        runtime.submit(batch(**arguments))
-    runtime.step(batch())
-
-
-@pytest.mark.parametrize(
     ("field", "wrong", "right", "expected"),
     [
         ("temperature", [-0.5, np.nan], [0.0, 7.0], "0 or more"),
