@@ -102,17 +102,18 @@ class Blocks:
     def __init__(self) -> None:
         self._index = -1
         self._kind: str | None = None  # of the block that is open
-        self._space = ""  # behind the text so far, held back until more text comes
+        self._space: list[str] = []  # behind the text so far, held back until more text comes
 
     def push(self, pieces: Iterable[Piece]) -> list[Event]:
         """What these pieces add."""
         events: list[Event] = []
         for piece in pieces:
             if isinstance(piece, str):
-                text = self._space + piece
-                shown = text.rstrip()
-                self._space = text[len(shown) :]
-                events += self._text(shown) if shown else []
+                shown = piece.rstrip()
+                if shown:
+                    events += self._text("".join([*self._space, shown]))
+                    self._space = []
+                self._space.append(piece[len(shown) :])
             elif isinstance(piece, Reasoning):
                 if self._kind != "thinking":
                     events += self._start({"type": "thinking", "thinking": "", "signature": ""})
@@ -130,8 +131,8 @@ class Blocks:
 
     def finish(self) -> list[Event]:
         """What is left at the end. An answer of white space alone is that."""
-        is_text = self._kind == "text" or self._index < 0
-        events = self._text(self._space) if self._space and is_text else []
+        is_text, space = self._kind == "text" or self._index < 0, "".join(self._space)
+        events = self._text(space) if space and is_text else []
         return [*events, *self._stop()]
 
     def _text(self, text: str) -> list[Event]:

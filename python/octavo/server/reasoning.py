@@ -61,52 +61,64 @@ class ReasoningParser:
     def __init__(self, tags: ReasoningTags, start: Start) -> None:
         self._tags = tags
         self._place: Start = start
-        self._held = ""
+        self._space: list[str] = []  # held back, in as many parts as it came in
+        self._held = ""  # behind it: what may be the beginning of a tag
         self._may_begin = start != "behind"  # with the first tag
         self._is_bare = start == "inside"  # nothing but space has come behind the last tag
 
     def push(self, text: str) -> list[str | Reasoning]:
         """What this text makes certain."""
-        self._held += text
-        pieces: list[str | Reasoning] = []
+        text, self._held = self._held + text, ""
         if self._may_begin:
-            begin, found = self._tags.begin, self._held.lstrip()
+            begin, found = self._tags.begin, text.lstrip()
+            self._space.append(text[: len(text) - len(found)])
             if begin.startswith(found) and found != begin:
+                self._held = found
                 return []
-            self._may_begin = False
+            self._may_begin, text = False, found
             if found.startswith(begin):
-                self._held, self._place, self._is_bare = found[len(begin) :], "inside", True
+                text = found[len(begin) :]
+                self._space, self._place, self._is_bare = [], "inside", True
             elif self._place == "before":
                 self._place = "behind"
+        pieces: list[str | Reasoning] = []
         if self._place == "inside":
-            thought, found, rest = self._held.partition(self._tags.end)
+            thought, found, text = text.partition(self._tags.end)
             if not found:
-                cut = len(thought) - overlap(thought, self._tags.end)
-                thought, rest = thought[:cut], thought[cut:]
+                thought, self._held = before_tag(thought, self._tags.end)
             shown = thought.rstrip()
-            self._held = rest if found else thought[len(shown) :] + rest
-            pieces += [Reasoning(text)] if (text := self._past_space(shown)) else []
+            if shown:
+                pieces = [Reasoning(self._with_space(shown))]
+            self._space.append(thought[len(shown) :])
             if not found:
                 return pieces
-            self._place, self._is_bare = "behind", True
-        shown, self._held = self._past_space(self._held), ""
-        return [*pieces, shown] if shown else pieces
+            self._space, self._place, self._is_bare = [], "behind", True
+        answer = self._with_space(text)
+        return [*pieces, answer] if answer else pieces
 
     def finish(self) -> list[str | Reasoning]:
         """What is left at the end."""
-        held, self._held = self._held, ""
+        held = "".join([*self._space, self._held])
+        self._space, self._held = [], ""
         if not held.strip() and self._place == "inside":
             return []
         return [held if self._place != "inside" else Reasoning(held)] if held else []
 
-    def _past_space(self, text: str) -> str:
+    def _with_space(self, text: str) -> str:
+        """This text behind the space before it, which counts for nothing beside a tag."""
+        text, self._space = "".join([*self._space, text]), []
         if self._is_bare:
             text = text.lstrip()
             self._is_bare = not text
         return text
 
 
-def overlap(text: str, tag: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `tag`."""
-    lengths = range(min(len(text), len(tag) - 1), 0, -1)
-    return next((length for length in lengths if tag.startswith(text[-length:])), 0)
+def before_tag(text: str, *tags: str) -> tuple[str, str]:
+    """The text up to where one of these tags may begin, and the rest, which is shorter than a tag.
+
+    None of the tags is in the text.
+    """
+    first = max(0, len(text) - max(map(len, tags)) + 1)
+    ends = (at for at in range(first, len(text)) if any(tag.startswith(text[at:]) for tag in tags))
+    cut = next(ends, len(text))
+    return text[:cut], text[cut:]

@@ -104,7 +104,7 @@ class ResponsesFormat(ChatFormat):
         self._num_events = 0
         self._items: list[_Item] = []
         self._open: _Item | None = None
-        self._space = ""  # of a message that may begin
+        self._space: list[str] = []  # of a message that may begin
         self._num_thinking = 0
         self._finish_reason: str | None = None
         # Where log-probabilities are asked for: text that is to be read token by token, how many
@@ -223,7 +223,7 @@ class ResponsesFormat(ChatFormat):
         events = self._show([*pieces, *self._parser.finish()])
         is_answered = any(item.kind != "reasoning" for item in self._items)
         if not is_answered and (self._space or self._status == "completed"):
-            events += self._speak(self._space)
+            events += self._speak("".join(self._space))
         if self._open is not None and self._open.kind == "message":
             events += self._grow("")  # the tokens that have no text
         if self._parser.has_thought and self._thinking_end is not None:
@@ -254,10 +254,8 @@ class ResponsesFormat(ChatFormat):
         """Events for text of a message."""
         if self._open is not None and self._open.kind == "message":
             return self._grow(text)
-        self._space += text
-        if not self._space.strip():
-            return ""
-        return self._speak(self._space)
+        self._space.append(text)
+        return self._speak("".join(self._space)) if text.strip() else ""
 
     def _speak(self, text: str) -> str:
         """Events for a message that begins with this text."""
@@ -284,7 +282,7 @@ class ResponsesFormat(ChatFormat):
             return ""
         more: dict[str, Any] = {"delta": text}
         if item.kind == "message":
-            self._space = ""
+            self._space = []
             more["logprobs"], self._unplaced = self._unplaced, []
             item.logprobs += more["logprobs"]
         if not text and not more.get("logprobs"):
@@ -294,7 +292,7 @@ class ResponsesFormat(ChatFormat):
 
     def _finish(self, status: str) -> str:
         """Events for the end of the open item, if there is one."""
-        item, self._space = self._open, ""
+        item, self._space = self._open, []
         if item is None:
             return ""
         item.status = status

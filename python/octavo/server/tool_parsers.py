@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from octavo.server.reasoning import overlap
+from octavo.server.reasoning import before_tag
 from octavo.server.tool_calls import (
     Arguments,
     Piece,
@@ -63,11 +63,13 @@ class MarkedParser(ToolParser):
 
     def __init__(self, tools: Tools = ()) -> None:
         super().__init__(tools)
-        self._open = ""  # the mark behind which `_held` stands
-        self._searched = 0  # of what is held no end is before this
-        self._quotes, self._num_read = Quotes(self.quotes), 0
+        self._opens = re.compile("|".join(map(re.escape, self.opens)))
+        self._ends = re.compile(re.escape(self.close)) if self.close else self._opens
+        self._open = ""  # the mark behind which `_inner` and then `_held` stand
+        self._inner: list[str] = []  # in as many parts as it came in
+        self._quotes = self.new_quotes()
         self._is_behind_call = False
-        self._space = ""  # behind a call, held back until it is known what follows
+        self._space: list[str] = []  # behind a call, held back until it is known what follows
 
     @abstractmethod
     def read(self, mark: str, text: str) -> tuple[list[ToolCall], str]:
@@ -78,72 +80,68 @@ class MarkedParser(ToolParser):
         pieces: list[Piece] = []
         while True:
             if not self._open:
-                at, mark = self._find(self.opens, 0)
-                if at < 0:
+                begin = self._opens.search(self._held)
+                if begin is None:
                     break
-                pieces += self._show(self._held[:at])
-                self._begin(mark, self._held[at + len(mark) :])
-            end = self._end()
-            if end < 0:
+                pieces += self._show(self._held[: begin.start()])
+                self._open, self._held = begin[0], self._held[begin.end() :]
+            if not self._reaches_end():
                 return pieces
-            pieces += self._take(end)
-        cut = len(self._held) - max(overlap(self._held, mark) for mark in self.opens)
-        shown, self._held = self._held[:cut], self._held[cut:]
+            self._held = self._held.removeprefix(self.close)
+            pieces += self._take(self.close)
+        shown, self._held = before_tag(self._held, *self.opens)
         return pieces + self._show(shown)
 
     def finish(self) -> list[Piece]:
-        mark, held = self._open, self._held
-        self._begin("", "")
-        if not mark:
+        held, self._held = self._held, ""
+        if not self._open:
             return self._show(held)
-        end = len(held) - (overlap(held, self.close) if self.close else 0)
-        return self._found(*self.read(mark, held[:end]), mark + held)
+        if self.close:  # the beginning of which is no call
+            return self._take(held)
+        self._inner.append(held)
+        return self._take("")
 
-    def is_within(self, text: str) -> bool:
-        """Whether a call does not end behind this text; it only grows from time to time."""
-        more, self._num_read = text[self._num_read :], len(text)
-        return self._quotes.read(more)
+    def new_quotes(self) -> Quotes:
+        """What tells of one call where it is within a string, so that no mark ends it."""
+        return Quotes(self.quotes)
 
-    def _begin(self, mark: str, held: str) -> None:
-        self._open, self._held, self._searched = mark, held, 0
-        self._quotes, self._num_read = Quotes(self.quotes), 0
-
-    def _find(self, marks: Sequence[str], begin: int) -> tuple[int, str]:
-        """The first of these marks in what is held; -1 if there is none."""
-        found = [(self._held.find(mark, begin), mark) for mark in marks]
-        return min((each for each in found if each[0] >= 0), default=(-1, ""))
-
-    def _end(self) -> int:
-        """Where what stands behind the mark ends; -1 while that is not known."""
+    def _reaches_end(self) -> bool:
+        """Read what is held, up to the end of the call; whether that follows."""
+        at = 0
+        for end in self._ends.finditer(self._held):
+            is_within = self._grow(self._held[at : end.start()])
+            at = end.start()
+            if not is_within:
+                self._held = self._held[at:]
+                return True
         marks = (self.close,) if self.close else self.opens
-        while True:
-            at, mark = self._find(marks, self._searched)
-            if at < 0:
-                longest = max(map(len, marks))
-                self._searched = max(self._searched, len(self._held) - longest + 1)
-                return -1
-            if not self.is_within(self._held[:at]):
-                return at
-            self._searched = at + len(mark)
+        more, self._held = before_tag(self._held[at:], *marks)
+        self._grow(more)
+        return False
 
-    def _take(self, end: int) -> list[Piece]:
-        mark, inner = self._open, self._held[:end]
-        self._begin("", self._held[end + len(self.close) :])
-        calls, rest = self.read(mark, inner)
-        return self._found(calls, rest, mark + inner + self.close)
+    def _grow(self, text: str) -> bool:
+        """Add to what stands behind the mark; whether that is within a string now."""
+        self._inner.append(text)
+        return self._quotes.read(text)
+
+    def _take(self, end: str) -> list[Piece]:
+        """The calls, or what turned out to be none. end: what stood behind it."""
+        mark, inner = self._open, "".join(self._inner)
+        self._open, self._inner, self._quotes = "", [], self.new_quotes()
+        return self._found(*self.read(mark, inner), mark + inner + end)
 
     def _found(self, calls: list[ToolCall], rest: str, whole: str) -> list[Piece]:
         if not calls:
             return self._show(whole)
-        self._is_behind_call, self._space = True, ""
+        self._is_behind_call, self._space = True, []
         return [*calls, *self._show(rest)]
 
     def _show(self, text: str) -> list[Piece]:
-        text, self._space = self._space + text, ""
         if self._is_behind_call and not text.strip():  # between two calls it is no answer
-            self._space = text
+            self._space.append(text)
             return []
-        self._is_behind_call = False
+        text = "".join([*self._space, text])
+        self._is_behind_call, self._space = False, []
         return [text] if text else []
 
 
@@ -258,6 +256,7 @@ class LeadingParser(ToolParser):
 
     def __init__(self, tools: Tools = ()) -> None:
         super().__init__(tools)
+        self._kept: list[str] = []  # before what is held: the first space, or what may be a call
         self._is_text = False  # something of the answer has been shown
         self._may_be_call = False
 
@@ -266,26 +265,35 @@ class LeadingParser(ToolParser):
         """The calls that all of the text is; none if some of it is no call."""
 
     def push(self, text: str) -> list[Piece]:
-        self._held += text
         if self._may_be_call:
+            self._kept.append(text)
             return []
-        begun = "" if self._is_text else self._held.lstrip()
-        if not self._is_text and self.may_begin.fullmatch(begun):
-            return []
+        self._held += text
+        if not self._is_text:
+            begun = self._held.lstrip()
+            self._kept.append(self._held[: len(self._held) - len(begun)])
+            self._held = begun
+            if self.may_begin.fullmatch(begun):
+                return []
         found = [at for at in map(self._held.find, self.marks) if at >= 0]
-        if not self._is_text and self.begins.match(begun):
+        if not self._is_text and self.begins.match(self._held):
             found = [0]
-        self._may_be_call = bool(found)
-        cut = len(self._held) - max(overlap(self._held, mark) for mark in self.marks)
-        cut = min(found, default=cut)
-        shown = self._held[:cut]
-        if not self._is_text and not shown.strip():  # space that may part nothing from a call
-            return []
-        self._is_text, self._held = True, self._held[cut:]
+        if found:
+            self._may_be_call, at = True, min(found)
+            shown, self._held = self._held[:at], self._held[at:]
+        else:
+            shown, self._held = before_tag(self._held, *self.marks)
+        if shown:
+            shown = "".join([*self._kept, shown])
+            self._is_text, self._kept = True, []
+        if found:
+            self._kept.append(self._held)
+            self._held = ""
         return [shown] if shown else []
 
     def finish(self) -> list[Piece]:
-        held, self._held = self._held, ""
+        held = "".join([*self._kept, self._held])
+        self._kept, self._held = [], ""
         calls = self.read(held) if self._may_be_call else []
         return [*calls] or ([held] if held else [])
 

@@ -18,7 +18,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from octavo.server.tool_calls import Arguments, Piece, PythonReader, ToolCall, read_json, to_json
+from octavo.server.reasoning import before_tag
+from octavo.server.tool_calls import (
+    Arguments,
+    Piece,
+    PythonReader,
+    Quotes,
+    ToolCall,
+    read_json,
+    to_json,
+)
 from octavo.server.tool_parsers import ForcedParser, MarkedParser, ToolParser, Tools
 
 Schema = Mapping[str, Any]
@@ -56,8 +65,22 @@ class Qwen3CoderParser(MarkedParser):
                 return [], ""
         return ([], "") if text[at:].strip() else (calls, "")
 
-    def is_within(self, text: str) -> bool:
-        return "<parameter=" in text and not text[-100:].rstrip().endswith("</function>")
+    def new_quotes(self) -> Quotes:
+        return _Values()
+
+
+class _Values(Quotes):
+    """Whether a call is within a value, which has no quotes: not where its function has ended."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        self._has_any, self._last = False, ""
+
+    def read(self, text: str) -> bool:
+        text = self._last + text
+        self._has_any = self._has_any or "<parameter=" in text
+        self._last = text[-100:]
+        return self._has_any and not self._last.rstrip().endswith("</function>")
 
 
 class ForcedXmlParser(ToolParser):
@@ -74,6 +97,8 @@ class ForcedXmlParser(ToolParser):
         self._json: ForcedParser | None = None
         self._schemas: Mapping[str, Schema] | None = None  # of the call that is being read
         self._begin = "{"  # of the next parameter
+        self._key: str | None = None  # of the parameter that is being read
+        self._value: list[str] = []
 
     @property
     def is_inside(self) -> bool:
@@ -95,17 +120,24 @@ class ForcedXmlParser(ToolParser):
                 pieces.append(ToolCall(start[2], ""))
                 self._schemas, self._begin = schemas_of(self._tools, start[2]), "{"
                 self._held = self._held[start.end() :]
-            if self._held.startswith("</function>"):
+            if self._key is None and self._held.startswith("</function>"):
                 pieces.append(Arguments("{}" if self._begin == "{" else "}"))
                 self._held, self._schemas = self._held.removeprefix("</function>"), None
                 continue
-            head = self._PARAMETER.match(self._held)
-            end = -1 if head is None else self._held.find(self._CLOSE, head.end())
-            if head is None or end < 0:
+            if self._key is None:
+                head = self._PARAMETER.match(self._held)
+                if head is None:
+                    return pieces
+                self._key, self._held = head[1], self._held[head.end() :]
+            more, end, self._held = self._held.partition(self._CLOSE)
+            if not end:
+                more, self._held = before_tag(more, self._CLOSE)
+            self._value.append(more)
+            if not end:
                 return pieces
-            value = to_json(typed(self._held[head.end() : end], self._schemas.get(head[1])))
-            pieces.append(Arguments(f"{self._begin}{json.dumps(head[1])}: {value}"))
-            self._held, self._begin = self._held[end + len(self._CLOSE) :], ", "
+            value = to_json(typed("".join(self._value), self._schemas.get(self._key)))
+            pieces.append(Arguments(f"{self._begin}{json.dumps(self._key)}: {value}"))
+            self._key, self._value, self._begin = None, [], ", "
 
     def finish(self) -> list[Piece]:
         """Nothing: the parameters of a call that was cut off have been given."""
