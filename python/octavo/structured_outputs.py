@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 from octavo.errors import InvalidArgumentError
@@ -12,6 +14,10 @@ from octavo.errors import InvalidArgumentError
 MAX_TEXT = 1 << 20  # characters of a schema or a grammar
 MAX_REGEX = 1 << 16
 MAX_CHOICES = 10_000
+MAX_DEPTH = 512  # lists and objects within each other, those around a server's schema included
+_ESCAPED, _STRING = re.compile(rb"\\.", re.DOTALL), re.compile(rb'"[^"]*"?')
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NO_BRACKETS = bytes(set(range(256)) - _STEPS.keys())
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _IGNORED = {"disable_fallback"}  # vLLM's: whether another library may be tried
 _SWITCHES = ("disable_any_whitespace", "disable_additional_properties", "strict")
@@ -108,7 +114,7 @@ def _json_text(schema: Any, name: str) -> str:
     try:
         found = _loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(found, ensure_ascii=False, allow_nan=False)
-        text.encode()
+        data = text.encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise InvalidArgumentError(
             f"{name} is no JSON: {error}; expected an object, or its JSON text"
@@ -117,11 +123,27 @@ def _json_text(schema: Any, name: str) -> str:
         raise InvalidArgumentError(
             f"{name} is {type(found).__name__}; expected an object, or its JSON text"
         )
+    if is_deeper(data, MAX_DEPTH):
+        raise InvalidArgumentError(
+            f"{name} has more than {MAX_DEPTH} lists and objects within each other: nest them less "
+            "deep"
+        )
     if len(text) > MAX_TEXT:
         raise InvalidArgumentError(
             f"{name} has {len(text)} characters; expected at most {MAX_TEXT}"
         )
     return text
+
+
+def is_deeper(data: bytes, limit: int) -> bool:
+    """Whether JSON, in UTF-8, has more than `limit` lists and objects within each other.
+
+    Of data that is no JSON the answer may be either.
+    """
+    if data.count(b"[") + data.count(b"{") <= limit:
+        return False
+    brackets = _STRING.sub(b"", _ESCAPED.sub(b"", data)).translate(None, _NO_BRACKETS)
+    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > limit
 
 
 def _loads(text: str) -> Any:

@@ -307,6 +307,7 @@ def test_without_strict_what_cannot_be_enforced_is_left_out(grammars: Grammars) 
         ({"json": "{"}, "the JSON schema is no JSON"),
         ({"json": "5"}, "the JSON schema is int"),
         ({"json": {"const": float("nan")}}, "the JSON schema is no JSON"),
+        ({"json": '{"a":' * 513 + "1" + "}" * 513}, "JSON schema has more than 512 lists and obj"),
         ({"choice": []}, "choice is"),
         ({"choice": ["a", ""]}, "choice holds ''"),
         ({"choice": "ab"}, "choice is 'ab'"),

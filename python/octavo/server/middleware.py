@@ -12,7 +12,6 @@ import logging
 import re
 import secrets
 import time
-from itertools import accumulate
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,6 +21,7 @@ from octavo.server.errors import ApiError, bad_request, is_of_messages, to_api_e
 from octavo.server.logs import log_event
 from octavo.server.options import ServerOptions
 from octavo.server.response_writer import CLIENT_GONE
+from octavo.structured_outputs import is_deeper
 
 _log = logging.getLogger("octavo.access")
 # Clients and scrapers that have no key may look at these; vLLM asks for a key under /v1 alone.
@@ -34,12 +34,9 @@ _OPEN_PATHS = frozenset(
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}.*")
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-# Deeper than all that structured outputs take, and so shallow that whatever reads, copies or writes
-# a value gets to its end: Python, pydantic and Jinja recurse.
+# Of lists and objects: so few that whatever reads, copies or writes a value gets to its end, since
+# most of it recurses, and more than any schema that a grammar can follow.
 MAX_DEPTH = 256
-_ESCAPED, _TEXT = re.compile(rb"\\.", re.DOTALL), re.compile(rb'"[^"]*"?')
-_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-_NO_BRACKETS = bytes(set(range(256)) - _STEPS.keys())
 
 
 class RequestMiddleware:
@@ -143,7 +140,11 @@ class RequestMiddleware:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if body and kind != "application/json":
             raise ApiError(415, f"the content type is {kind!r}; expected application/json")
-        _check_depth(body)
+        if is_deeper(body, MAX_DEPTH):
+            raise bad_request(
+                f"the body has more than {MAX_DEPTH} lists and objects within each other: nest "
+                "them less deep"
+            )
         _check_unicode(body)
         again = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -165,19 +166,6 @@ class RequestMiddleware:
 
 def _is_open(path: str) -> bool:
     return path in _OPEN_PATHS or path.startswith("/static/")
-
-
-def _check_depth(body: bytes) -> None:
-    """Refuse what is nested too deep for those behind; a body that is no JSON may be, too."""
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
-        return
-    brackets = _TEXT.sub(b"", _ESCAPED.sub(b"", body)).translate(None, _NO_BRACKETS)
-    depth = max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
-    if depth > MAX_DEPTH:
-        raise bad_request(
-            f"the body has {depth} lists and objects within each other; expected at most "
-            f"{MAX_DEPTH}: nest it less deep"
-        )
 
 
 def _check_unicode(body: bytes) -> None:
