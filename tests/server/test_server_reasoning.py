@@ -271,9 +271,17 @@ def test_a_schema_holds_behind_it(tmp_path: Path, template: str) -> None:
                 message = answer["choices"][0]["message"]
                 assert message["reasoning"] == "Hm", fields
                 assert json.loads(message["content"]) == {"a": 5}, fields
-            wrong = {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}
-            error = error_of(await client.post(CHAT, json=body(**wrong)), 400)
-            assert error["param"] == "response_format"
+            # One schema is in two of the formats.
+            assert llm.engine.grammars.num_compiled == len(formats) - 1
+            misspelt = {"properties": {"a": {"type": "integr"}}}
+            for schema in (5, misspelt):
+                wrong = {"response_format": {"type": "json_schema", "json_schema": {}}}
+                wrong["response_format"]["json_schema"] = {"schema": schema}
+                error = error_of(await client.post(CHAT, json=body(**wrong)), 400)
+                assert error["param"] == "response_format"
+            assert error["message"].startswith(
+                "the JSON schema cannot be followed at /properties/a"
+            )
 
     run(test)
 

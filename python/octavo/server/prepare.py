@@ -13,7 +13,7 @@ from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server.answers import Markup, Reading
 from octavo.server.beams import beam_params, check_beams
-from octavo.server.errors import bad_request, to_api_error
+from octavo.server.errors import ApiError, bad_request, to_api_error
 from octavo.server.formats import ChatFormat, CompletionFormat, Format, Head, NewPlaces
 from octavo.server.prompt_logprobs import PromptLogprobs
 from octavo.server.protocol import (
@@ -263,10 +263,15 @@ def steer(
     wanted = params.structured_outputs
     if wanted is None or markup.reasoning is None or start == "behind":
         return params
-    _compile(model, body, params)  # so that an error names the places of what was asked for
     wanted = StructuredOutputs.of(wanted)
-    wanted = after_reasoning(wanted, markup.reasoning, start == "inside")
-    return replace(params, structured_outputs=wanted)
+    try:
+        wanted = after_reasoning(wanted, markup.reasoning, start == "inside")
+        steered = replace(params, structured_outputs=wanted)
+        _compile(model, body, steered)
+    except (ApiError, InvalidArgumentError):
+        _compile(model, body, params)  # so that an error names the places of what was asked for
+        raise
+    return steered
 
 
 def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingParams:
