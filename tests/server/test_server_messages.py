@@ -201,6 +201,10 @@ def test_thinking(tmp_path: Path, prompts: list[str]) -> None:
     for fields in (omitted, {"include_reasoning": False}):
         message = ask_both(llm, **fields)
         assert message["content"] == [{"type": "text", "text": "So."}]
+    for fields in ({"separate_reasoning": False}, {"reasoning_format": "none"}):
+        message = ask_both(llm, **fields)
+        whole = "<think>\nA plan.\n</think>\n\nSo."
+        assert message["content"] == [{"type": "text", "text": whole}]
     message = ask_both(llm, max_tokens=2)
     assert message["content"] == [{**thought, "thinking": "A plan"}]
     assert message["stop_reason"] == "max_tokens"

@@ -33,6 +33,7 @@ TEMPLATE = (
 CALL = '{"name": "add", "arguments": {"a": 1}}'
 CALLS = ("<tool_call>", CALL, "</tool_call>\n<tool_call>", '{"name": "now"}', "</tool_call>")
 UNICORN = "\U0001f984!"
+THOUGHT = f"<think>\nwell then</think>\n\n{UNICORN}"
 PERSON = '{"name": "Ada"}'
 CHAIN: dict[str, Any] = {
     **say("Hello", " there", after="hello"),
@@ -140,6 +141,8 @@ ANSWERS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     "bare": ({"tools": TOOLS}, [("call add", '{"a": 1}')]),
     "think": ({}, [("reasoning", "well then"), ("message", UNICORN)]),
     "think not": ({"include_reasoning": False}, [("message", UNICORN)]),
+    "think with it": ({"separate_reasoning": False}, [("message", THOUGHT)]),
+    "think aloud": ({"reasoning_format": "none"}, [("message", THOUGHT)]),
     "act": (
         {"tools": TOOLS},
         [("reasoning", "!ponder"), ("message", "?\n"), ("call add", '{"a": 1}'), ("message", ".")],

@@ -19,7 +19,7 @@ from octavo.server import prepare
 from octavo.server.answers import Markup, Reading
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fields import check_extra_fields
-from octavo.server.protocol import Body, ChatBody, FewTexts, Objects, SamplingBody
+from octavo.server.protocol import AnswerBody, Body, ChatBody, FewTexts, Objects
 from octavo.server.structured import structured_field
 
 if TYPE_CHECKING:
@@ -99,12 +99,11 @@ class CountTokensBody(Body):
     workspace_id: Any = None
 
 
-class MessagesBody(CountTokensBody, SamplingBody):
+class MessagesBody(CountTokensBody, AnswerBody):
     """POST /v1/messages."""
 
     max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: FewTexts | None = None
-    include_reasoning: bool | None = None
 
 
 def to_chat(body: CountTokensBody) -> tuple[ChatBody, str]:
@@ -116,10 +115,9 @@ def to_chat(body: CountTokensBody) -> tuple[ChatBody, str]:
     messages, begun = _conversation(body)
     chat: dict[str, Any] = {"model": body.model, "messages": messages}
     if isinstance(body, MessagesBody):
-        asked = body.model_fields_set & SamplingBody.model_fields.keys()
+        asked = body.model_fields_set & AnswerBody.model_fields.keys()
         chat |= {name: getattr(body, name) for name in asked}
         chat |= {"stop": body.stop_sequences, "stream_options": {"include_usage": True}}
-        chat["include_reasoning"] = body.include_reasoning
     extra = body.model_extra or {}
     chat |= {name: value for name, value in extra.items() if name not in ChatBody.model_fields}
     chat |= {"chat_template": body.chat_template, "chat_template_kwargs": _variables(body)}

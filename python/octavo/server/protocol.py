@@ -134,6 +134,14 @@ class SamplingBody(_Options):
         return 1 if self.n is None else self.n
 
 
+class AnswerBody(SamplingBody):
+    """Fields of chats, and of what becomes a chat, that say how an answer is shown."""
+
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
+    reasoning_format: Literal["auto", "none", "deepseek"] | None = None
+
+
 class Message(BaseModel):
     """One turn of a conversation; more fields go to the chat template as they are."""
 
@@ -157,7 +165,7 @@ class ChatFields(Body):
     documents: Objects | None = None
 
 
-class ChatBody(ChatFields, SamplingBody):
+class ChatBody(ChatFields, AnswerBody):
     """POST /v1/chat/completions."""
 
     max_completion_tokens: Literal[-1] | Annotated[int, Field(ge=1)] | None = None
@@ -165,9 +173,6 @@ class ChatBody(ChatFields, SamplingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    include_reasoning: bool | None = None
-    separate_reasoning: bool | None = None
-    reasoning_format: Literal["auto", "none", "deepseek"] | None = None
     echo: bool | None = None
 
 

@@ -13,7 +13,7 @@ from octavo.sampling_params import MAX_LOGPROBS
 from octavo.server.errors import ApiError, bad_request
 from octavo.server.fields import check_extra_fields
 from octavo.server.formats import to_json
-from octavo.server.protocol import ChatBody, Objects, SamplingBody
+from octavo.server.protocol import AnswerBody, ChatBody, Objects
 from octavo.server.responses_input import Talk
 
 LOGPROBS = "message.output_text.logprobs"
@@ -74,7 +74,7 @@ class ReasoningOptions(BaseModel):
     summary: str | None = None
 
 
-class ResponsesBody(SamplingBody):
+class ResponsesBody(AnswerBody):
     """POST /v1/responses."""
 
     prompt_field: ClassVar[str] = "input"
@@ -97,7 +97,6 @@ class ResponsesBody(SamplingBody):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     service_tier: str | None = None
-    include_reasoning: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: Objects | None = None
@@ -175,7 +174,7 @@ def translate(body: ResponsesBody) -> Translation:
     functions, choice = _tools(body)
     if isinstance(choice, dict):
         choice = {"type": "function", "function": {"name": choice["name"]}}
-    shared = set(SamplingBody.model_fields) - {"n", "max_tokens", "response_format"}
+    shared = set(AnswerBody.model_fields) - {"n", "max_tokens", "response_format"}
     fields = {
         **{name: getattr(body, name) for name in shared},
         "messages": talk.messages,
@@ -187,7 +186,6 @@ def translate(body: ResponsesBody) -> Translation:
         "parallel_tool_calls": body.parallel_tool_calls,
         "logprobs": LOGPROBS in (body.include or ()) or None,
         "top_logprobs": body.top_logprobs,
-        "include_reasoning": body.include_reasoning,
         "chat_template": body.chat_template,
         "chat_template_kwargs": body.chat_template_kwargs,
         "documents": body.documents,
@@ -200,7 +198,7 @@ def translate(body: ResponsesBody) -> Translation:
 
 def _check_supported(body: ResponsesBody) -> None:
     elsewhere = {**dict.fromkeys(ChatBody.model_fields, _CHAT), **_INSTEAD}
-    own = {name: getattr(body, name) for name in _INSTEAD if name in SamplingBody.model_fields}
+    own = {name: getattr(body, name) for name in _INSTEAD if name in AnswerBody.model_fields}
     for name, value in own.items():
         if value is not None:
             raise bad_request(f"{name} is not offered here: {_INSTEAD[name]}", name)
