@@ -130,7 +130,7 @@ class EngineConfig:
         them for a later prompt that begins alike.
     max_adapters: how many LoRA adapters may be in memory at a time, used or not.
     max_waiting_requests, max_waiting_tokens: how many requests, and prompt tokens of them, may
-        wait to be started; one more is refused with a QueueFullError. None: any number.
+        wait for a place in a step; one more is refused with a QueueFullError. None: any number.
     event_log_capacity: how many scheduling decisions are kept to be asked about.
     overlap_steps: schedule and pack the next step while the device computes this one. None: on
         devices of their own; on the CPU Python would take time from the computation.

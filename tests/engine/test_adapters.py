@@ -126,7 +126,7 @@ def test_a_removed_adapter_serves_its_requests_to_the_end() -> None:
 
 
 def test_refused() -> None:
-    engine = engine_with("a7", max_waiting_requests=1)
+    engine = engine_with("a7", max_waiting_requests=1, max_num_seqs=1)
     with pytest.raises(AdapterNotFoundError, match="'b' is not loaded: expected one of a7"):
         engine.add_request("r", PROMPT, SamplingParams(), adapter="b")
     with pytest.raises(AdapterNotFoundError):
@@ -138,7 +138,8 @@ def test_refused() -> None:
         engine.adapters.add("c", Path("x"))
     assert list(engine.adapters.paths) == ["a7"]
     for index in range(2):  # a request that is refused gives its adapter back
-        engine.add_request("w", PROMPT, SamplingParams(max_tokens=1), adapter="a7")
+        for name in ("runs", "waits"):
+            engine.add_request(name, PROMPT, SamplingParams(max_tokens=1), adapter="a7")
         with pytest.raises(QueueFullError):
             engine.add_request("x", PROMPT, SamplingParams(), adapter="a7")
         while engine.has_unfinished_requests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,19 +67,64 @@ def test_a_full_queue_refuses_and_names_what_waits() -> None:
 
 
 def test_an_empty_queue_takes_even_a_long_prompt() -> None:
-    engine = fake_engine(max_waiting_tokens=3)
+    engine = fake_engine(max_num_seqs=1, max_waiting_tokens=3)
+    engine.add_request("first", [1], PARAMS)
+    engine.step()
     engine.add_request("long", [1] * 20, PARAMS)
     with pytest.raises(QueueFullError):
         engine.add_request("short", [1], PARAMS)
     assert "long" in run_to_end(engine)
 
 
+def test_who_finds_a_place_does_not_wait() -> None:
+    """An idle engine of four places takes as many at once, and the limit's number behind them."""
+    limits = {"max_waiting_requests": 1, "max_waiting_tokens": 9}
+    engine = fake_engine(max_num_seqs=4, max_num_batched_tokens=64, **limits)
+    for index, name in enumerate("abcd"):
+        params = replace(PARAMS, n=2 if name == "b" else 1)
+        engine.add_request(name, [index] * 8, params)
+    assert waiting(engine) == (4, 32)  # none has started
+    with pytest.raises(QueueFullError, match=r"1 requests of 1 .* 8 prompt tokens of 9 "):
+        engine.add_request("e", [1], PARAMS)
+    engine.step()
+    assert waiting(engine) == (0, 0)  # d comes before the second answer of b, which needs the first
+    engine.add_request("e", [1], PARAMS)
+    with pytest.raises(QueueFullError, match="1 requests of 1"):
+        engine.add_request("f", [1], PARAMS)
+    assert run_to_end(engine).keys() == set("abcde")
+
+
+def test_who_was_left_by_a_step_waits_whatever_places_there_are() -> None:
+    engine = fake_engine(6, max_num_seqs=4, max_waiting_requests=2)
+    for index, name in enumerate("abc"):  # of which the cache has room for one
+        engine.add_request(name, [index] * 11, PARAMS)
+    engine.step()
+    assert (engine.scheduler.num_running, engine.scheduler.num_places) == (1, 3)
+    with pytest.raises(QueueFullError, match="2 requests of 2"):
+        engine.add_request("d", [1], PARAMS)
+    for name in "abc":
+        engine.abort(name)
+    for index in range(6):  # as many as an engine takes that has done nothing yet
+        engine.add_request(f"{index}", [1], PARAMS)
+    with pytest.raises(QueueFullError):
+        engine.add_request("6", [1], PARAMS)
+    run_to_end(engine)
+
+
 def admit(limits: AdmissionLimits, name: str, num_tokens: int) -> None:
-    limits.admit(name, num_tokens, whole_id(name))
+    limits.admit(name, num_tokens, 1, whole_id(name))
+
+
+def busy_limits(**limits: int) -> AdmissionLimits:
+    """Of an engine whose only place is taken."""
+    engine = fake_engine(max_num_seqs=1, **limits)
+    engine.add_request("first", [1], PARAMS)
+    engine.step()
+    return engine._admission
 
 
 def test_parts_of_one_request_are_admitted_as_one() -> None:
-    limits = AdmissionLimits(max_requests=2, max_tokens=9)
+    limits = busy_limits(max_waiting_requests=2, max_waiting_tokens=9)
     for index in range(5):
         admit(limits, part_id("a", index), 3 + index)
     assert (limits.num_requests, limits.num_tokens) == (5, 25)
@@ -101,16 +147,16 @@ def test_parts_of_one_request_are_admitted_as_one() -> None:
 
 
 def test_a_name_alone_makes_no_part() -> None:
-    engine = fake_engine(max_waiting_requests=2)
-    for index in range(2):
+    engine = fake_engine(max_num_seqs=1, max_waiting_requests=2)
+    for index in range(3):
         engine.add_request(f"job#{index}", [1, 2], PARAMS)
     with pytest.raises(QueueFullError):
-        engine.add_request("job#2", [1, 2], PARAMS)
+        engine.add_request("job#3", [1, 2], PARAMS)
 
 
 @pytest.mark.parametrize("name", ["a", "a-0", part_id("a", 0)])
 def test_a_name_that_comes_again_is_admitted_anew(name: str) -> None:
-    limits = AdmissionLimits(max_requests=2)
+    limits = busy_limits(max_waiting_requests=2)
     admit(limits, name, 4)
     limits.remove(name)
     for other in ("b", "c"):

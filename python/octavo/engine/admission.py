@@ -7,9 +7,14 @@ import math
 import operator
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, NamedTuple
 
 from octavo.errors import InvalidArgumentError, QueueFullError
 from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.config import RuntimeOptions
+    from octavo.engine.scheduler import Scheduler
 
 MAX_PRIORITY = 2**31 - 1
 _PART = "#"  # in no id that a server gives or takes
@@ -25,49 +30,73 @@ def whole_id(request_id: str) -> str:
     return request_id.rpartition(_PART)[0]
 
 
-class AdmissionLimits:
-    """Counts the requests that have been accepted and not yet started.
+class _Unstarted(NamedTuple):
+    num_tokens: int
+    num_answers: int
+    num_schedules: int  # before it came
 
-    A request that was started and preempted does not count: it was accepted before.
-    max_requests, max_tokens: the limits, of requests and of prompt tokens; None for none.
+
+class AdmissionLimits:
+    """Holds the requests that have been accepted and not yet started, and bounds how many wait.
+
+    A request waits where the next step has no place for it, or where a step has already left it, or
+    one before it, waiting. So as many as there are places may come together, whatever the limits,
+    `max_waiting_requests` and `max_waiting_tokens` of the options. One that was started and
+    preempted does not count: it was accepted before.
     """
 
-    def __init__(self, max_requests: int | None = None, max_tokens: int | None = None) -> None:
-        self.max_requests = max_requests
-        self.max_tokens = max_tokens
-        self.num_tokens = 0
-        self._tokens: dict[str, int] = {}
+    def __init__(self, options: RuntimeOptions, scheduler: Scheduler) -> None:
+        self._max_requests = options.max_waiting_requests
+        self._max_tokens = options.max_waiting_tokens
+        self._scheduler = scheduler
+        self.num_tokens = 0  # of the prompts of those that have not started
+        self._unstarted: dict[str, _Unstarted] = {}
         self._last_whole = ""  # the request of several parts that was admitted last
 
     @property
     def num_requests(self) -> int:
         """Requests that have not started."""
-        return len(self._tokens)
+        return len(self._unstarted)
 
-    def admit(self, request_id: str, num_tokens: int, part_of: str = "") -> None:
-        """Count a request of so many prompt tokens, or raise a QueueFullError.
+    def admit(
+        self, request_id: str, num_tokens: int, num_answers: int = 1, part_of: str = ""
+    ) -> None:
+        """Accept a request of so many prompt tokens, or raise a QueueFullError.
 
-        When no request waits, any is accepted, even one longer than max_tokens: otherwise it never
-        could be. part_of: a request whose parts come one after another. The first of them decides
-        for all, so that it is not refused for what it brings itself.
+        When no request waits, any is accepted, even one longer than max_waiting_tokens: otherwise
+        it never could be. num_answers: each needs a place. part_of: a request whose parts come one
+        after another. The first of them decides for all, so that it is not refused for what it
+        brings itself.
         """
-        if not part_of or part_of != self._last_whole:
+        has_limits = self._max_requests is not None or self._max_tokens is not None
+        if has_limits and (not part_of or part_of != self._last_whole):
             self._check(num_tokens)
         self._last_whole = part_of
-        self._tokens[request_id] = num_tokens
+        number = self._scheduler.num_schedules
+        self._unstarted[request_id] = _Unstarted(num_tokens, num_answers, number)
         self.num_tokens += num_tokens
 
     def _check(self, num_tokens: int) -> None:
-        is_full = self.max_requests is not None and self.num_requests >= self.max_requests
-        is_over = self.max_tokens is not None and self.num_tokens + num_tokens > self.max_tokens
-        if is_full or (is_over and self._tokens):
-            raise QueueFullError(
-                self.num_requests, self.num_tokens, self.max_requests, self.max_tokens, num_tokens
-            )
+        waiting = self._waiting()
+        most, most_tokens = self._max_requests, self._max_tokens
+        is_full = most is not None and len(waiting) >= most
+        is_over = most_tokens is not None and sum(waiting) + num_tokens > most_tokens
+        if is_full or (is_over and waiting):
+            raise QueueFullError(len(waiting), sum(waiting), most, most_tokens, num_tokens)
+
+    def _waiting(self) -> list[int]:
+        """The prompt tokens of each request that waits."""
+        num_places, waiting = self._scheduler.num_places, list[int]()
+        for each in self._unstarted.values():
+            num_places -= each.num_answers
+            if num_places < 0 or waiting or each.num_schedules < self._scheduler.num_schedules:
+                waiting.append(each.num_tokens)
+        return waiting
 
     def remove(self, request_id: str) -> None:
-        """The request has started or ended; harmless for one that is not counted."""
-        self.num_tokens -= self._tokens.pop(request_id, 0)
+        """The request has started or ended; harmless for one that is not known."""
+        if (found := self._unstarted.pop(request_id, None)) is not None:
+            self.num_tokens -= found.num_tokens
 
 
 class Deadlines:

@@ -120,7 +120,7 @@ class Engine(Endings):
         self.drafter = drafter
         self._clock = clock
         self._last_step_end = self._last_check = clock()
-        self._admission = AdmissionLimits(options.max_waiting_requests, options.max_waiting_tokens)
+        self._admission = AdmissionLimits(options, self.scheduler)
         self._deadlines = Deadlines()
         self._undelivered: list[OutputChunk] = []  # of a step that failed before its end
         self._answers: dict[object, Answer] = {}  # by the key of their sequence
@@ -189,7 +189,7 @@ class Engine(Endings):
         now = self._clock()
         loan = self.adapters.acquire(adapter)
         try:
-            self._admission.admit(request_id, len(prompt_token_ids), part_of)
+            self._admission.admit(request_id, len(prompt_token_ids), params.n, part_of)
         except QueueFullError as error:
             self.adapters.release(loan)
             self.events.record(refusal(request_id, len(prompt_token_ids), error, now))
