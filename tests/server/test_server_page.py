@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+import pytest
 from server_helpers import error_of, events_of, fake_llm, run, serving, slow_down
 
 import octavo
@@ -217,3 +218,22 @@ def test_the_event_log_goes_to_a_file(tmp_path: Path) -> None:
             assert f'"request": "{answer["id"]}"' in path.read_text()
 
     run(test)
+
+
+OFFERED = (
+    *("/", "/docs", "/static/base.css", "/openapi.json", "/health", "/ready", "/ping", "/version"),
+    *("/metrics", "/engine", "/v1/models", "/v1/models/tiny"),
+)
+
+
+@pytest.mark.parametrize("path", [*OFFERED, "/v1/models/none", "/none", "/v1/completions"])
+def test_head_is_get_without_the_body(page_url: str, path: str) -> None:
+    with httpx.Client(base_url=page_url, headers={"x-request-id": "a"}) as client:
+        got, head = client.get(path), client.head(path)
+        assert (head.status_code, head.content) == (got.status_code, b"")
+        expected = 405 if path == "/v1/completions" else 200 if path in OFFERED else 404
+        assert head.status_code == expected
+        for name in ("content-type", "x-request-id", "allow", "etag", "content-security-policy"):
+            assert head.headers.get(name) == got.headers.get(name), name
+        assert int(head.headers["content-length"]) > 0
+        assert client.get("/version").json().keys() == {"version"}  # on the same connection

@@ -61,6 +61,8 @@ class RequestMiddleware:
         notes: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=request_id, notes=notes)
         status, started = 0, time.monotonic()
+        # HEAD is answered as GET is; the HTTP server leaves the body out.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def send_marked(message: Message) -> None:
             nonlocal status
@@ -77,7 +79,7 @@ class RequestMiddleware:
         try:
             self._check_key(scope["path"], headers)
             receive = await self._read_body(scope, headers, receive)
-            await self._app(scope, receive, send_marked)
+            await self._app(inner, receive, send_marked)
         except ApiError as error:
             notes["error"] = error.message
             await error.response(scope)(scope, receive, send_marked)
