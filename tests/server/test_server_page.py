@@ -14,10 +14,12 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+from embedding_helpers import LIMITS, write_embedding_model
 from server_helpers import error_of, events_of, fake_llm, run, serving, slow_down
 
 import octavo
 from octavo.engine.events import WAITING_REASONS
+from octavo.llm import LLM
 from octavo.server.pages import BLANK, FIRST_OWNER, SHARED
 
 STATIC = Path(octavo.__file__).parent / "server" / "static"
@@ -114,14 +116,22 @@ async def send_as_curl(client: httpx.AsyncClient, command: str) -> httpx.Respons
     return await client.post(words[1], headers=headers, content=bodies[0])
 
 
-def test_the_documentation_has_examples_that_run_as_they_are_printed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gives", ["texts", "vectors"])
+def test_the_documentation_has_examples_that_run_as_they_are_printed(
+    tmp_path: Path, gives: str
+) -> None:
     template = "{% for m in messages %}{{ m.content[:3] }}{% endfor %}A"
 
     async def test() -> None:
-        llm = fake_llm(tmp_path, template)
+        if gives == "texts":
+            llm = fake_llm(tmp_path, template)
+        else:
+            llm = LLM(write_embedding_model(tmp_path, tokenizer=True), **LIMITS)
         async with serving(llm, api_keys=("k",), served_names=(NAME,)) as (client, _):
             page = (await client.get("/docs")).text
             assert "{{" not in page and "<b>" not in page
+            anchors = re.findall(r'<h2 id="([\w-]+)">', page)
+            assert re.findall(r'<a href="#([\w-]+)">', page.partition("<main")[0]) == anchors
             examples = [(kind, html_text.unescape(code)) for kind, code in CODE.findall(page)]
             commands = [
                 command
@@ -129,7 +139,10 @@ def test_the_documentation_has_examples_that_run_as_they_are_printed(tmp_path: P
                 if kind == "bash"
                 for command in re.split(r"\n(?=curl )", code)
             ]
-            assert len(commands) == 11
+            assert len(commands) == (11 if gives == "texts" else 6)
+            paths = {command.split()[1].removeprefix("http://server") for command in commands}
+            assert ("/v1/chat/completions" in paths) == (gives == "texts")
+            assert ("/v1/embeddings" in paths) == (gives == "vectors")
             for command in commands:
                 response = await send_as_curl(client, command)
                 assert response.status_code == 200, response.text

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import html
 import json
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,12 +107,15 @@ def add_pages(app: FastAPI, service: Service) -> None:
 
 
 def _documentation(service: Service, url: str) -> str:
-    """docs.html, with this server's address and model in its examples."""
+    """docs.html, with this server's address and model in its examples, and what the model does."""
     key = ' \\\n  -H "Authorization: Bearer $OCTAVO_API_KEY"' if service.options.api_keys else ""
     # Within a string of JSON, within the single quotes of a shell.
     model = json.dumps(service.name)[1:-1].replace("'", "\\u0027")
     values = {"address": url.rstrip("/"), "name": service.name, "model": model, "key": key}
+    loaded = service.engine.model
+    other = "vectors" if loaded is None or loaded.pooling is None else "texts"
     page = (_STATIC / "docs.html").read_text(encoding="utf-8")
+    page = re.sub(rf" *<!-- {other} -->.*?<!-- end -->\n", "", page, flags=re.DOTALL)
     for name, value in values.items():
         page = page.replace(f"{{{{{name}}}}}", html.escape(value))
     return page
