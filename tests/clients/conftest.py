@@ -54,6 +54,14 @@ def parrot(_parrot: Served) -> Served:
     return _parrot
 
 
+@pytest.fixture
+def client(parrot: Served) -> Any:
+    """OpenAI's own client of the parrot, which tries nothing twice."""
+    import openai
+
+    return openai.OpenAI(base_url=parrot.api, api_key="none", max_retries=0)
+
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     need_smollm2()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 from parrot import END, byte_tokens, say, write_parrot
 
 MODEL = "parrot"
@@ -54,6 +55,15 @@ ADD: dict[str, Any] = {
         },
     },
 }
+
+
+class Sum(pydantic.BaseModel):
+    """What ADD adds; a model that draws at random would never end other members."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    a: Literal[2, 3]
+    b: int = pydantic.Field(ge=0, le=9)
 
 
 @dataclass

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import openai
 import pydantic
 import pytest
 
-from clients.scenes import ARGUMENTS, MODEL, Served
+from clients.scenes import ARGUMENTS, MODEL
 
 _REASON = "needs instructor: make test-clients installs it"
 instructor = pytest.importorskip("instructor", reason=_REASON)
@@ -27,14 +26,9 @@ class Person(pydantic.BaseModel):
     age: int
 
 
-def client_of(parrot: Served, mode: Any) -> Any:
-    plain = openai.OpenAI(base_url=parrot.api, api_key="none", max_retries=0)
-    return instructor.from_openai(plain, mode=mode)
-
-
-def test_tools_that_the_model_chooses(parrot: Served) -> None:
-    client = client_of(parrot, instructor.Mode.PARALLEL_TOOLS)
-    found = client.chat.completions.create(
+def test_tools_that_the_model_chooses(client: openai.OpenAI) -> None:
+    instructed = instructor.from_openai(client, mode=instructor.Mode.PARALLEL_TOOLS)
+    found = instructed.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": "add"}],
         response_model=Iterable[add],
@@ -44,9 +38,9 @@ def test_tools_that_the_model_chooses(parrot: Served) -> None:
     assert [call.model_dump() for call in found] == [ARGUMENTS]
 
 
-def test_json_in_markdown(parrot: Served) -> None:
-    client = client_of(parrot, instructor.Mode.MD_JSON)
-    found = client.chat.completions.create(
+def test_json_in_markdown(client: openai.OpenAI) -> None:
+    instructed = instructor.from_openai(client, mode=instructor.Mode.MD_JSON)
+    found = instructed.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": "person"}],
         response_model=Person,

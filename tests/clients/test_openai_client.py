@@ -28,11 +28,6 @@ from clients.scenes import (
 )
 
 
-@pytest.fixture
-def client(parrot: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=parrot.api, api_key="none", max_retries=0)
-
-
 def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 

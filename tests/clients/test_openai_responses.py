@@ -13,7 +13,7 @@ import pytest
 from parrot import say, write_parrot
 from server_helpers import fake_llm, listening, runtime_of, slow_down
 
-from clients.scenes import ADD, ARGUMENTS, HELLO, MODEL, RESULT, UNICORN, Served
+from clients.scenes import ADD, ARGUMENTS, HELLO, MODEL, RESULT, UNICORN, Served, Sum
 from octavo.llm import LLM
 
 FLAT_ADD: dict[str, Any] = {"type": "function", **ADD["function"]}
@@ -23,20 +23,6 @@ LOGPROBS: Any = ["message.output_text.logprobs"]
 class Person(pydantic.BaseModel):
     name: Literal["Ada", "Bea"]
     age: int = pydantic.Field(ge=10, le=99)
-
-
-class Sum(pydantic.BaseModel):
-    """Two numbers to add."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    a: Literal[2, 3]
-    b: int = pydantic.Field(ge=0, le=9)
-
-
-@pytest.fixture
-def client(parrot: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=parrot.api, api_key="none", max_retries=0)
 
 
 def ask(client: openai.OpenAI, given: Any, **options: Any) -> Any:

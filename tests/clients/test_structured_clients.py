@@ -12,7 +12,7 @@ import openai
 import pydantic
 import pytest
 
-from clients.scenes import ADD, MODEL, Served
+from clients.scenes import ADD, MODEL, Served, Sum
 
 _REASON = "needs llguidance: pip install llguidance"
 pytest.importorskip("llguidance", reason=_REASON)
@@ -24,20 +24,6 @@ class Person(pydantic.BaseModel):
     name: Literal["Ada", "Bea"]
     age: int = pydantic.Field(ge=10, le=99)
     friend: Person | None
-
-
-class Sum(pydantic.BaseModel):
-    """Two numbers to add; a model that draws at random would never end other members."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    a: Literal[2, 3]
-    b: int = pydantic.Field(ge=0, le=9)
-
-
-@pytest.fixture
-def client(parrot: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=parrot.api, api_key="none", max_retries=0)
 
 
 def user(content: str) -> Any:
@@ -141,14 +127,12 @@ def test_langchain_s_structured_output(parrot: Served, method: str | None) -> No
 
 
 @pytest.mark.parametrize("mode", ["default", "TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"])
-def test_instructor_s_modes(parrot: Served, mode: str) -> None:
+def test_instructor_s_modes(client: openai.OpenAI, mode: str) -> None:
     instructor = pytest.importorskip(
         "instructor", reason="needs instructor: make test-clients installs it"
     )
-    plain = openai.OpenAI(base_url=parrot.api, api_key="none", max_retries=0)
     modes = {} if mode == "default" else {"mode": getattr(instructor.Mode, mode)}
-    client = instructor.from_openai(plain, **modes)
-    found = client.chat.completions.create(
+    found = instructor.from_openai(client, **modes).chat.completions.create(
         model=MODEL,
         messages=user("hello"),
         response_model=Sum,
