@@ -10,10 +10,13 @@ from typing import Any
 import httpx
 import pytest
 from fake_runtime import VOCAB
+from pydantic import ValidationError
 from server_helpers import TEMPLATE, error_of, fake_llm, run, serving, slow_down
 
 from octavo.llm import LLM
+from octavo.server.embeddings import EmbeddingBody
 from octavo.server.logs import JsonFormatter
+from octavo.server.protocol import CompletionBody
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "Hi"}]
@@ -127,6 +130,14 @@ def test_what_is_wrong_is_named(index: int, wrong_answers: dict[int, httpx.Respo
     assert error["type"] == "invalid_request_error"
     name = WRONG[index][2]
     assert name is None or (error["param"] or "").startswith(name), error
+
+
+@pytest.mark.parametrize("prompt", ["A", [1, 2]], ids=str)
+def test_as_many_prompts_may_be_completed_as_embedded(prompt: Any) -> None:
+    for body, field in ((CompletionBody, "prompt"), (EmbeddingBody, "input")):
+        body.model_validate({field: [prompt] * 2048})
+        with pytest.raises(ValidationError, match="at most 2048 items"):
+            body.model_validate({field: [prompt] * 2049})
 
 
 def test_what_is_quoted_is_shortened(llm: LLM) -> None:

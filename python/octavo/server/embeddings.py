@@ -19,12 +19,10 @@ from octavo.sampling_params import SamplingParams
 from octavo.server.errors import bad_request, to_api_error
 from octavo.server.fields import check_extra_fields
 from octavo.server.formats import WholeFormat, to_json
-from octavo.server.protocol import PromptBody, TokenId, TokenIds
+from octavo.server.protocol import PromptBody, Prompts
 
 if TYPE_CHECKING:
     from octavo.model import LoadedModel
-
-MAX_INPUTS = 2048  # texts in one request; OpenAI's limit
 
 _BEFORE = "write it before each text, as the model's description says"
 # Fields of other servers that would change the vectors, and that are not offered.
@@ -43,15 +41,7 @@ class EmbeddingBody(PromptBody):
 
     prompt_field: ClassVar[str] = "input"
 
-    input: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(fail_fast=True)]],
-            Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True),
-        ]
-    )
+    input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     add_special_tokens: bool = True

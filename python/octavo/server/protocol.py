@@ -17,7 +17,7 @@ from octavo.server.errors import bad_request
 from octavo.server.fields import check_extra_fields, unknown_fields
 
 MAX_N = 128  # answers to one request; OpenAI's limit
-MAX_PROMPTS = 1024  # prompts in one request
+MAX_PROMPTS = 2048  # prompts in one request; OpenAI's limit of texts to embed
 MAX_BAD_WORDS = 1024
 MAX_STOP = 32  # stop strings, each of which costs time for every character
 MAX_BIASES = 4096  # tokens of logit_bias, which are sorted anew for each answer
@@ -25,6 +25,15 @@ MAX_BIASES = 4096  # tokens of logit_bias, which are sorted anew for each answer
 # fail_fast: a list of a million wrong entries is one error, and not a million.
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Prompts = (
+    str
+    | TokenIds
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[
+        list[Annotated[list[TokenId], Field(fail_fast=True)]],
+        Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+    ]
+)
 FewTexts = Annotated[list[str], Field(max_length=MAX_STOP, fail_fast=True)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 TokenLimit = Literal[-1] | Annotated[int, Field(ge=0)]  # -1: as many as fit
@@ -181,15 +190,7 @@ class CompletionBody(SamplingBody):
 
     prompt_field: ClassVar[str] = "prompt"
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(fail_fast=True)]],
-            Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
-        ]
-    )
+    prompt: Prompts
     add_special_tokens: bool = True
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
