@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -176,13 +177,11 @@ def all_filters() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(("device", "isa"), DEVICES)
-@pytest.mark.parametrize("name", HARD)
-@pytest.mark.parametrize("vocab", VOCABS)
-def test_devices_where_filters_are_hard(name: str, vocab: int, device: str, isa: str) -> None:
-    logits = np.asarray(HARD[name](vocab), np.float32)
+@functools.lru_cache(maxsize=4)
+def hard_rows(name: str, vocab: int, third: bool) -> tuple[Any, Any, Any]:
+    """Logits, sampling rows, and what the reference samples, which takes longest."""
     filters = all_filters()
-    if device != "cpu":  # an emulated row takes long: a third of them for each vocabulary
+    if third:
         first = VOCABS.index(vocab) % 3
         filters = {name: column[first::3] for name, column in filters.items()}
     count = len(filters["top_k"])
@@ -193,9 +192,17 @@ def test_devices_where_filters_are_hard(name: str, vocab: int, device: str, isa:
         position=np.arange(count),
         **filters,
     )
-    many = logits.repeat(count, axis=0)
-    native = _native_ops.Ops(device, 2, isa).sample(many, rows)[0]
-    assert same_bits(native, sampling.sample(many, rows))
+    many = np.asarray(HARD[name](vocab), np.float32).repeat(count, axis=0)
+    return many, rows, sampling.sample(many, rows)
+
+
+@pytest.mark.parametrize(("device", "isa"), DEVICES)
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_devices_where_filters_are_hard(name: str, vocab: int, device: str, isa: str) -> None:
+    # An emulated row takes long: a third of them for each vocabulary.
+    logits, rows, expected = hard_rows(name, vocab, device != "cpu")
+    assert same_bits(_native_ops.Ops(device, 2, isa).sample(logits, rows)[0], expected)
 
 
 @pytest.mark.parametrize(("device", "isa"), DEVICES)
