@@ -11,6 +11,7 @@ import time
 
 import pytest
 from batch_helpers import CHAT, COMPLETIONS, HELLO, openai, read, run, write
+from parrot import GO, say, write_parrot
 from text_helpers import sentencepiece_directory, tiny_model
 
 from octavo.cli import main
@@ -354,3 +355,17 @@ def test_the_event_log_of_a_batch(model, tmp_path, capsys):
     capsys.readouterr()
     assert main(["explain", "8", "--log", str(log)]) == 0
     assert "all places in a step (max_num_seqs) were taken" in capsys.readouterr().out
+
+
+def test_tags_that_are_special_tokens_have_their_bytes(tmp_path):
+    chain = say("<think>", "Hm.", "</think>", "Yes.")
+    template = "{{ messages[0].content }}{# </think> #}" + GO
+    tags = ["<think>", "</think>"]
+    model = write_parrot(tmp_path / "parrot", chain, special=tags, template=template)
+    body = {"temperature": 0, "max_tokens": 9, "logprobs": True}
+    source = write(tmp_path / "in.jsonl", [openai("a", CHAT, messages=HELLO, **body)])
+    assert run(str(model), source, tmp_path / "out.jsonl", "--load-format", "auto") == 0
+    choice = read(tmp_path / "out.jsonl")["a"]["response"]["body"]["choices"][0]
+    assert (choice["message"]["reasoning"], choice["message"]["content"]) == ("Hm.", "Yes.")
+    data = [byte for token in choice["logprobs"]["content"] for byte in token["bytes"]]
+    assert bytes(data).decode() == "<think>Hm.</think>Yes."

@@ -111,10 +111,11 @@ class BatchRequest:
         from octavo.server.protocol import ChatBody
 
         body = self.body_for(is_chat)
+        prompt = EncodedPrompt(output.prompt, output.prompt_token_ids)
         if isinstance(body, ChatBody):
             markup = markup_of(llm, body)
-            return prepare.chat_format(llm, body, head, self.params, markup, output.prompt)
-        prompt = EncodedPrompt(output.prompt, output.prompt_token_ids)
+            prompt = replace(prompt, kept_special_ids=prepare.kept_ids(llm, body, markup))
+            return prepare.chat_format(llm, body, head, self.params, markup, prompt)
         return prepare.completion_format(llm, body, head, [prompt])
 
 

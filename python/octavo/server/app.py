@@ -122,7 +122,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
         prompt, params = await asyncio.to_thread(_read_chat, service, model, body, markup)
         head = _head(service, request, "chatcmpl-", body)
-        answer_format = prepare.chat_format(model, body, head, params, markup, prompt.text)
+        answer_format = prepare.chat_format(model, body, head, params, markup, prompt)
         return await _answer(service, request, body, [(prompt, params)], head, answer_format)
 
     @app.post("/v1/completions", responses=_STREAMED)
@@ -159,9 +159,7 @@ def _add_responses(app: FastAPI, service: Service) -> None:
                 thinking_end=tokenizer.token_id(tags.end) if tags and tokenizer else None,
                 in_own_words=translation.in_own_words,
             )
-            answer_format = prepare.chat_format(
-                model, chat, head, params, markup, prompt.text, make
-            )
+            answer_format = prepare.chat_format(model, chat, head, params, markup, prompt, make)
             return await _answer(
                 service, request, chat, [(prompt, params)], head, answer_format, given=body
             )

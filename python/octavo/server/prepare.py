@@ -90,7 +90,7 @@ def encode_chat(model: LoadedModel, body: ChatFields, markup: Markup) -> Encoded
         )
     except OctavoError as error:
         raise to_api_error(error, "messages") from error
-    return replace(prompt, kept_special_ids=_kept_ids(model, body, markup))
+    return replace(prompt, kept_special_ids=kept_ids(model, body, markup))
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _looked_for(body: ChatFields, markup: Markup) -> Markup:
     return replace(markup, reasoning=None) if is_whole else markup
 
 
-def _kept_ids(model: LoadedModel, body: ChatFields, markup: Markup) -> frozenset[int]:
+def kept_ids(model: LoadedModel, body: ChatFields, markup: Markup) -> frozenset[int]:
     """Special tokens that stay in the text; so do tags of thinking that is left in the answer."""
     found = replace(_looked_for(body, markup), reasoning=markup.reasoning)
     return found.token_ids(model.tokenizer)
@@ -141,18 +141,18 @@ def chat_format(
     head: Head,
     params: SamplingParams,
     markup: Markup,
-    prompt: str | None,
+    prompt: EncodedPrompt,
     make: Callable[[Head, NewPlaces, Reading, PromptLogprobs], Format] = ChatFormat,
 ) -> Format:
-    """How the answers to a conversation are written. prompt: its text, where it is known."""
-    reading = reading_of(body, markup, prompt)
+    """How the answers to a conversation are written. prompt: as of `encode_chat`."""
+    reading = reading_of(body, markup, prompt.text)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else model.engine.eos_token_ids)}
     places = partial(
         TokenPlaces,
         model.tokenizer,
         params.skip_special_tokens,
         continues=False,
-        kept=_kept_ids(model, body, markup),
+        kept=prompt.kept_special_ids,
         ends=() if params.include_stop_str_in_output else ends,
     )
     shown = PromptLogprobs(model.tokenizer, body.prompt_logprobs)
