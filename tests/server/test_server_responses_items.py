@@ -20,7 +20,7 @@ from octavo.engine.outputs import (
     TokenLogprob,
 )
 from octavo.server.answers import Markup, Reading
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, renamed
 from octavo.server.formats import Head
 from octavo.server.reasoning import REASONING
 from octavo.server.responses_body import ResponsesBody, translate
@@ -58,7 +58,7 @@ def make_format(logprobs: bool = False, forced: bool = False) -> ResponsesFormat
         reading,
         echo=echo,
         thinking_end=END,
-        in_own_words=translate(body).in_own_words,
+        names=translate(body).names,
     )
 
 
@@ -262,7 +262,6 @@ def test_instructions_are_the_first_of_the_system_messages() -> None:
 
 
 ERRORS = [
-    ("messages", "the template fails", "input", "the template fails"),
     (
         "messages[2].tool_calls[1]",
         "messages[2].tool_calls[1] is bad",
@@ -292,7 +291,8 @@ def test_errors_have_the_names_of_this_api(
     allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "b"}]}
     items = [user("u"), thought("t"), call("f"), call("g")]
     body = ResponsesBody(input=items, instructions="i", tools=tools, tool_choice=allowed)
-    found = translate(body).in_own_words(ApiError(400, message, param, "code", {"a": "b"}))
+    error = ApiError(400, message, param, "code", {"a": "b"})
+    found = renamed(error, translate(body).names)
     assert (found.param, found.message) == (own_param, own_message)
     assert (found.status, found.code, found.headers) == (400, "code", {"a": "b"})
 

@@ -21,7 +21,7 @@ from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
 from octavo.server import messages, prepare
 from octavo.server.embeddings import EmbeddingBody, EmbeddingFormat, read_input
-from octavo.server.errors import ApiError, to_api_error, validation_error
+from octavo.server.errors import ApiError, in_own_words, to_api_error, validation_error
 from octavo.server.fields import check_extra_fields
 from octavo.server.formats import Head, WholeFormat
 from octavo.server.message_format import MessageFormat
@@ -146,9 +146,9 @@ def _add_responses(app: FastAPI, service: Service) -> None:
         """Answer a text, or items of a conversation, as items."""
         model = service.model_that_writes(body.model)
         translation = translate(body)
-        chat = translation.chat
+        chat, names = translation.chat, translation.names
 
-        try:
+        with in_own_words(names):
             markup = service.markup_of(chat)
             prompt, params = await asyncio.to_thread(_read_chat, service, model, chat, markup)
             head = _head(service, request, "resp_", body)
@@ -157,14 +157,12 @@ def _add_responses(app: FastAPI, service: Service) -> None:
                 ResponsesFormat,
                 echo={**body.echo(), "temperature": params.temperature, "top_p": params.top_p},
                 thinking_end=tokenizer.token_id(tags.end) if tags and tokenizer else None,
-                in_own_words=translation.in_own_words,
+                names=names,
             )
             answer_format = prepare.chat_format(model, chat, head, params, markup, prompt, make)
             return await _answer(
                 service, request, chat, [(prompt, params)], head, answer_format, given=body
             )
-        except ApiError as error:
-            raise translation.in_own_words(error) from error
 
 
 def _add_messages(app: FastAPI, service: Service) -> None:
@@ -176,7 +174,7 @@ def _add_messages(app: FastAPI, service: Service) -> None:
         markup = service.markup_of(chat)
 
         def read() -> tuple[EncodedPrompt, SamplingParams]:
-            with messages.fields_as_sent(body):
+            with in_own_words(messages.own_names(body)):
                 prompt = messages.encode(model, chat, markup, begun)
                 defaults = service.options.defaults
                 return prompt, prepare.sampling_params(model, chat, prompt, defaults, markup)

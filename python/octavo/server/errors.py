@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import (
@@ -143,6 +144,26 @@ def to_api_error(error: Exception, param: str | None = None) -> ApiError:
         if isinstance(error, kind):
             return ApiError(status, message, code=code)
     return ApiError(500, "octavo failed on this request; its log says why", code="internal_error")
+
+
+@contextlib.contextmanager
+def in_own_words(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name what the client sent. names: as of `renamed`."""
+    try:
+        yield
+    except ApiError as error:
+        raise renamed(error, names) from error
+
+
+def renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """The error with other names for these fields and places, wherever it holds them."""
+    words = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    pattern = re.compile(rf"(?<![\w.])(?:{words})(?!\w)" if names else r"(?!)")
+
+    def rename(text: str) -> str:
+        return pattern.sub(lambda found: names[found[0]], text)
+
+    return replace(error, message=rename(error.message), param=error.param and rename(error.param))
 
 
 def _shortened(text: str) -> str:

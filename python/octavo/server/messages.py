@@ -6,9 +6,7 @@ and the places of the body as it was sent.
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from octavo.prompts import EncodedPrompt
 from octavo.server import prepare
 from octavo.server.answers import Markup, Reading
-from octavo.server.errors import ApiError, bad_request
+from octavo.server.errors import bad_request
 from octavo.server.fields import check_extra_fields
 from octavo.server.protocol import AnswerBody, Body, ChatBody, FewTexts, Objects
 from octavo.server.structured import structured_field
@@ -156,19 +154,11 @@ def reading_of(chat: ChatBody, markup: Markup, prompt: EncodedPrompt, begun: str
     return replace(reading, start="behind") if begun else reading
 
 
-@contextlib.contextmanager
-def fields_as_sent(body: CountTokensBody) -> Iterator[None]:
-    """Let errors about the chat name the fields of `body`."""
-    names = {r"tools\[(\d+)\]\.function\.parameters": r"tools[\1].input_schema"}
-    if (field := _format_field(body)) is not None:
-        names["response_format"] = field
-    try:
-        yield
-    except ApiError as error:
-        for pattern, name in names.items():
-            error.message = re.sub(pattern, name, error.message)
-            error.param = error.param and re.sub(pattern, name, error.param)
-        raise
+def own_names(body: CountTokensBody) -> dict[str, str]:
+    """Fields of the chat, and what they are in `body`."""
+    numbers, field = range(len(body.tools or ())), _format_field(body)
+    names = {f"tools[{i}].function.parameters": f"tools[{i}].input_schema" for i in numbers}
+    return names if field is None else {**names, "response_format": field}
 
 
 def _check_fields(body: CountTokensBody) -> None:

@@ -89,7 +89,7 @@ def encode_chat(model: LoadedModel, body: ChatFields, markup: Markup) -> Encoded
             **variables,
         )
     except OctavoError as error:
-        raise to_api_error(error, "messages") from error
+        raise to_api_error(error, body.prompt_field) from error
     return replace(prompt, kept_special_ids=kept_ids(model, body, markup))
 
 

@@ -125,8 +125,6 @@ class SamplingBody(_Options):
     guided_json_object: bool | None = None
     guided_whitespace_pattern: str | None = None
 
-    prompt_field: ClassVar[str] = "messages"
-
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _has_few_entries(cls, value: Any) -> Any:
@@ -163,6 +161,8 @@ class Message(BaseModel):
 class ChatFields(Body):
     """A conversation and how its prompt is made."""
 
+    prompt_field: ClassVar[str] = "messages"
+
     messages: Annotated[list[Message], Field(fail_fast=True)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -187,8 +187,6 @@ class ChatBody(ChatFields, AnswerBody):
 
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
-
-    prompt_field: ClassVar[str] = "prompt"
 
     prompt: Prompts
     add_special_tokens: bool = True

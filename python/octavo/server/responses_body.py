@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from octavo.sampling_params import MAX_LOGPROBS
-from octavo.server.errors import ApiError, bad_request
+from octavo.server.errors import bad_request
 from octavo.server.fields import check_extra_fields
 from octavo.server.formats import to_json
 from octavo.server.protocol import AnswerBody, ChatBody, Objects
@@ -52,8 +51,6 @@ _OWN_NAMES = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
-_NAME = re.compile(rf"\b({'|'.join(_OWN_NAMES)})\b")
-_PLACE = re.compile(r"(?:messages|tools)\[\d+\](?:\.tool_calls\[\d+\]|\.function)?")
 
 
 class TextOptions(BaseModel):
@@ -76,8 +73,6 @@ class ReasoningOptions(BaseModel):
 
 class ResponsesBody(AnswerBody):
     """POST /v1/responses."""
-
-    prompt_field: ClassVar[str] = "input"
 
     input: str | Objects
     instructions: str | None = None
@@ -140,24 +135,11 @@ class _ChatOfResponse(ChatBody):
 class Translation:
     """The conversation that a body asks for.
 
-    places: parts of the conversation, as errors name them, and the body's fields that they are.
+    names: fields and parts of the conversation, as errors name them, and what they are in the body.
     """
 
     chat: ChatBody
-    places: dict[str, str]
-
-    def in_own_words(self, error: ApiError) -> ApiError:
-        """An error about the conversation, with the names of the body's own fields."""
-
-        def place(found: re.Match[str]) -> str:
-            return self.places.get(found[0], found[0])
-
-        own = {**_OWN_NAMES, "messages": "input"}
-        param = error.param and own.get(error.param, _PLACE.sub(place, error.param))
-        message = _NAME.sub(lambda found: _OWN_NAMES[found[1]], error.message)
-        if found := _PLACE.match(message):
-            message = place(found) + message[found.end() :]
-        return replace(error, message=message, param=param)
+    names: dict[str, str]
 
 
 def translate(body: ResponsesBody) -> Translation:
@@ -193,7 +175,7 @@ def translate(body: ResponsesBody) -> Translation:
     }
     chat = _ChatOfResponse.model_validate(fields)
     tools = {f"tools[{i}].function": f"tools[{number}]" for i, number in enumerate(functions)}
-    return Translation(chat, {**talk.places, **tools})
+    return Translation(chat, {**_OWN_NAMES, **talk.places, **tools})
 
 
 def _check_supported(body: ResponsesBody) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from octavo.engine.outputs import OutputChunk, RequestOutput, TokenLogprob
 from octavo.server.answers import AnswerParser, Piece, Reading
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, renamed
 from octavo.server.formats import ChatFormat, Head, NewPlaces, to_json
 from octavo.server.prompt_logprobs import PromptLogprobs
 from octavo.server.reasoning import Reasoning, ReasoningTags
@@ -79,8 +79,8 @@ class ResponsesFormat(ChatFormat):
     space that would be a message of its own is left out, unless it is all there is.
 
     echo: the fields of the response that repeat what was asked for. thinking_end: the token behind
-    the thinking, None where the vocabulary has none for it. in_own_words: an error with the names
-    of the fields of this API.
+    the thinking, None where the vocabulary has none for it. names: what errors call fields of the
+    request, and what they are in this API.
     """
 
     object_name = chunk_name = "response"
@@ -94,12 +94,12 @@ class ResponsesFormat(ChatFormat):
         *,
         echo: Mapping[str, Any],
         thinking_end: int | None = None,
-        in_own_words: Callable[[ApiError], ApiError] = lambda error: error,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(head, new_places, reading, prompt_logprobs)
         self._echo = echo
         self._thinking_end = thinking_end
-        self._in_own_words = in_own_words
+        self._names = names or {}
         self._parser = AnswerParser(self._reading)
         self._num_events = 0
         self._items: list[_Item] = []
@@ -143,7 +143,7 @@ class ResponsesFormat(ChatFormat):
 
     def failed(self, error: ApiError) -> str:
         """The error, and what there is of the response."""
-        found = self._in_own_words(error)
+        found = renamed(error, self._names)
         told = {"code": found.code, "message": found.message, "param": found.param}
         if self._open is not None:
             self._open.status = "incomplete"
