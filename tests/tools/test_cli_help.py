@@ -31,7 +31,10 @@ def commands() -> dict[str, Callable[..., Any]]:
         loaded = verb.load()
         if isinstance(loaded, typer.Typer):
             for name, command in typer.main.get_command(loaded).commands.items():
-                found[f"{verb.name} {name}"] = inspect.unwrap(command.callback)
+                # What typer reads, and not what stands behind it, has the options of groups.
+                found[f"{verb.name} {name}"] = inspect.unwrap(
+                    command.callback, stop=lambda each: hasattr(each, "__signature__")
+                )
         else:
             found[verb.name] = loaded
     return found

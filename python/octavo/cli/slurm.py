@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli import completion
 from octavo.cli.common import FAILED, note, print_error
 from octavo.cli.help import ScreenVerbs, screen_command, with_common_options
-from octavo.cli.options import MODEL, argument, option, tried
+from octavo.cli.options import argument, option, tried
+from octavo.cli.slurm_render import KIND_NAMES, render
 from octavo.config import read_environment
 from octavo.errors import InvalidArgumentError
 from octavo.files import read_text, write_text
@@ -25,13 +23,11 @@ if TYPE_CHECKING:
     from octavo.plan.devices import Device
     from octavo.plan.plan import ModelToPlan
     from octavo.slurm.collect import Collected
-    from octavo.slurm.job import JobRequest
     from octavo.slurm.preflight import Check
     from octavo.slurm.site import NodeType
 
 slurm = typer.Typer(cls=ScreenVerbs)
 _slurm_says = partial(option, panel="Set by Slurm", show_default=False)
-_KINDS = "bench|batch|serve|eval|diff|gpu"
 
 
 @slurm.callback(invoke_without_command=True)
@@ -49,134 +45,7 @@ def _group(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@screen_command(slurm)
-def render(
-    kind: Annotated[
-        str,
-        argument(
-            f"What the job does: {_KINDS}.",
-            "KIND",
-            autocompletion=completion.words(_KINDS.split("|")),
-        ),
-    ],
-    extra: Annotated[
-        list[str] | None,
-        argument("More options of the command that runs.", "-- OPTION…"),
-    ] = None,
-    cluster: Annotated[
-        Path,
-        option(
-            "The cluster's YAML file. slurm/clusters/ has examples.",
-            *("--cluster", "-c"),
-            metavar="FILE",
-        ),
-    ] = Path("cluster.yaml"),
-    gpu: Annotated[
-        str,
-        option(
-            "Nodes to run on, as in h100. A name under `nodes:` of the cluster's file.",
-            metavar="NAME",
-        ),
-    ] = "cpu",
-    time: Annotated[
-        str,
-        option(
-            "Time limit, as in 4:00:00. Left out: the file's.", "--time", "-t", metavar="H:MM:SS"
-        ),
-    ] = "",
-    model: Annotated[
-        str,
-        option(
-            "A pulled model, ORG/NAME, a folder or a GGUF file.",
-            *("--model", "-m"),
-            metavar="MODEL",
-            autocompletion=completion.models,
-        ),
-    ] = "smollm2-135m",
-    input_file: Annotated[
-        str, option("Of a batch: one prompt a line.", "--input", "-i", metavar="FILE")
-    ] = "",
-    formats: Annotated[
-        str,
-        option(
-            "Number formats, a row each. Of auto, f32, bf16, f16, int8, w8a8, int4, "
-            "int4-nonuniform.",
-            *("--formats", "-f"),
-            metavar="F,F,…",
-        ),
-    ] = "auto",
-    batch_sizes: Annotated[
-        str,
-        option(
-            "Sequences at a time, a row each. For bench and batch.",
-            *("--batch-sizes", "-b"),
-            metavar="N,N,…",
-        ),
-    ] = "",
-    tensor_parallel_size: Annotated[
-        int,
-        option(
-            "GPUs of one node that a model is divided among. The job asks for as many.",
-            *("--tensor-parallel-size", "-tp"),
-            metavar="N",
-            panel=MODEL,
-        ),
-    ] = 1,
-    array: Annotated[
-        bool,
-        option("Rows as tasks of a job array, or one after the other.", "--array/--no-array"),
-    ] = True,
-    results: Annotated[
-        str,
-        option(
-            "Folder for results. Left out: octavo-results/KIND-GPU.",
-            *("--results", "-r"),
-            metavar="FOLDER",
-        ),
-    ] = "",
-    output: Annotated[
-        Path | None,
-        option(
-            "Write the job to this file. Left out: standard output.",
-            *("--output", "-o"),
-            **tried("the job"),
-        ),
-    ] = None,
-) -> None:
-    """Write a job for a cluster.
-
-    It runs `octavo bench`, `batch`, `serve`, `eval` or `diff`, or benchmarks/gpu.sh. Rows are the
-    formats times the batch sizes. A job stops before its time limit, goes back into the queue, and
-    goes on at the first row that is not done.
-
-    [bold]octavo slurm render batch -c pace.yaml --gpu a100-40 -i in.jsonl -- -n 99[/bold]
-    """
-    from octavo.slurm.job import JobRequest
-    from octavo.slurm.render import render as render_job
-    from octavo.slurm.site import read_site
-
-    request = JobRequest(
-        kind=kind,
-        cluster=str(cluster),
-        node=gpu,
-        model=model,
-        input=input_file,
-        formats=tuple(part.strip() for part in formats.split(",")),
-        batch_sizes=_numbers(batch_sizes),
-        time=time,
-        results=results,
-        array=array,
-        tensor_parallel_size=tensor_parallel_size,
-        extra=tuple(extra or ()),
-    )
-    site = read_site(cluster)
-    _check_extra(request, site.node(gpu).has_gpu)
-    text = render_job(request, site)
-    if output is None:
-        typer.echo(text, nl=False)
-        return
-    write_text(output, "the job", text)
-    note(f"octavo slurm preflight {output} && sbatch {output}")
+screen_command(slurm)(render)
 
 
 @screen_command(slurm)
@@ -210,7 +79,7 @@ def preflight(
 
 @screen_command(slurm)
 def work(
-    kind: Annotated[str, option("What the job does.", "--kind", metavar=_KINDS)],
+    kind: Annotated[str, option("What the job does.", "--kind", metavar=KIND_NAMES)],
     results: Annotated[Path, option("Folder for results.", "--results", metavar="FOLDER")],
     source: Annotated[
         Path | None,
@@ -248,7 +117,7 @@ def work(
     from octavo.slurm.work import work as do_work
 
     if kind not in KINDS:
-        raise InvalidArgumentError(f"--kind is {kind!r}; expected one of {_KINDS}")
+        raise InvalidArgumentError(f"--kind is {kind!r}; expected one of {KIND_NAMES}")
     rows = read_rows(sys.stdin.read())
     if array_task:
         if not array_task.isdecimal() or int(array_task) >= len(rows):
@@ -313,50 +182,6 @@ def _report(found: Collected, page: Path) -> None:
 
     if run(["report", *files, "-o", str(page)]) == 0:
         note(f"drawn in {page}")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    from octavo.cli.bench import parse_numbers
-
-    numbers = tuple(parse_numbers("--batch-sizes", text)) if text else ()
-    if 0 in numbers:
-        raise InvalidArgumentError(f"--batch-sizes is {text!r}; expected numbers, 1 or more")
-    return numbers
-
-
-def _check_extra(request: JobRequest, has_gpu: bool) -> None:
-    """Refuse options that the command does not have, and those that the job sets or forbids."""
-    if request.kind == "gpu":
-        return
-    from octavo.cli.app import VERBS
-    from octavo.slurm.job import make_rows
-
-    verb = next(each for each in VERBS if each.name == request.kind)
-    app = typer.Typer()
-    app.command()(with_common_options(verb.load()))
-    parameters = typer.main.get_command(app).params
-    known = {name: each.name for each in parameters for name in (*each.opts, *each.secondary_opts)}
-    row = make_rows(replace(request, extra=()), has_gpu)[0]
-    taken = {known[word]: word for word in row.words if word in known}
-    for word in request.extra:
-        name = word.partition("=")[0]
-        if own := taken.get(known.get(name) or ""):
-            raise InvalidArgumentError(
-                f"{word} stands behind `--`, but row {row.name} has {own} already, by which its "
-                "result is known: leave it out, or choose by the options of render"
-            )
-        if name == "--overwrite":
-            raise InvalidArgumentError(
-                "--overwrite would begin the batch anew whenever the job comes back into the "
-                "queue: leave it out, and name another folder by --results"
-            )
-        if name.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise InvalidArgumentError(
-                f"`octavo {request.kind}` has no option {name}{hint}; expected one that its "
-                "--help-all lists"
-            )
 
 
 def _read_model(path: Path) -> ModelToPlan:
