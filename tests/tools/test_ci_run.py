@@ -55,8 +55,9 @@ def run(folder: Path, *stages: str, neon: str = "") -> tuple[int, list[str], lis
         timeout=60,
         check=False,
     )
-    assert done.stderr == "" or neon  # bash says what was killed
-    return done.returncode, done.stdout.splitlines(), log.read_text().splitlines()
+    assert done.stderr == "" or neon or done.returncode == 2  # bash says what was killed
+    said = done.stderr if done.returncode == 2 else done.stdout
+    return done.returncode, said.splitlines(), log.read_text().splitlines() if log.exists() else []
 
 
 def test_every_stage_counts_once(tmp_path: Path) -> None:
@@ -64,6 +65,9 @@ def test_every_stage_counts_once(tmp_path: Path) -> None:
     count = sum(line.startswith("begin") for line in log)
     assert (code, said[-1]) == (0, f"{count} passed, 0 failed, 0 skipped")
     assert count > 10
+    names = [line.split()[0] for line in said if " passed " in line and line.endswith("ok")]
+    (tmp_path / "named").mkdir()
+    assert run(tmp_path / "named", *names)[1][-1] == said[-1]  # each has a name that is known
 
 
 @pytest.mark.parametrize(
@@ -84,3 +88,12 @@ def test_stages_that_are_named_run_one_after_the_other(tmp_path: Path) -> None:
         f"{word} {name}" for name in ("test-page", "native-neon") for word in ("begin", "end")
     ]
     assert (code, said[-1]) == (0, "2 passed, 0 failed, 0 skipped")
+
+
+@pytest.mark.parametrize("name", ["nein", "nativ", "", "stage", "ne.n", "--help"])
+def test_a_stage_that_is_misspelt_runs_nothing(tmp_path: Path, name: str) -> None:
+    code, said, log = run(tmp_path, "neon", name)
+    assert (code, log, len(said)) == (2, [], 1)
+    assert f"no stage {name!r}; expected some of " in said[0]
+    assert all(name in said[0] for name in ("check, ", "neon, ", ", hugging-face, ", "page"))
+    assert not (tmp_path / "build").exists()
