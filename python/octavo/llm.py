@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from octavo.runtime.loader import LoadProgress
     from octavo.text.chat import ChatTemplate
     from octavo.text.tokenizer import Tokenizer
+    from octavo.weights.model_files import ModelFiles
 
 T = TypeVar("T")
 Item = (
@@ -78,7 +79,7 @@ class LLM(LoadedModel):
 
     def __init__(
         self,
-        model: str | Path | None = None,
+        model: str | Path | ModelFiles | None = None,
         *,
         config: EngineConfig | None = None,
         on_load: LoadProgress | None = None,
@@ -87,8 +88,8 @@ class LLM(LoadedModel):
     ) -> None:
         """Load a model.
 
-        model: a Hugging Face directory, a GGUF file (any part of a split one), or the name of a
-        pulled model; None takes smollm2-135m.
+        model: a Hugging Face directory, a GGUF file (any part of a split one), the name of a pulled
+        model, or what `read_model` has read of one; None takes smollm2-135m.
         config, or its fields as options: see `EngineConfig`; options win over config.
         on_load: called with the bytes loaded so far and in all.
         adapters: LoRA adapters, name -> folder that PEFT wrote, at most max_adapters of them.

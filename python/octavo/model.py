@@ -142,7 +142,7 @@ class LoadedModel:
 
 
 def load_model(
-    model: str | Path | None = None,
+    model: str | Path | ModelFiles | None = None,
     *,
     config: EngineConfig | None = None,
     on_load: LoadProgress | None = None,
@@ -158,13 +158,14 @@ def load_model(
     from octavo.weights.adapter import read_adapter
     from octavo.weights.checkpoint import open_checkpoint
     from octavo.weights.hub import resolve_model
-    from octavo.weights.model_files import read_model
+    from octavo.weights.model_files import ModelFiles, read_model
     from octavo.weights.pooling import pooling_notes
 
     config = _merge_options(config, options)
     environment = read_environment()
-    path = resolve_model(None if model is None else str(model), environment)
-    files, config, pooling = _for_runner(read_model(path), config)
+    if not isinstance(model, ModelFiles):
+        model = read_model(resolve_model(None if model is None else str(model), environment))
+    files, config, pooling = _for_runner(model, config)
     files = replace(files, spec=with_kv_groups(files.spec, config.max_model_len))
     # Before the weights, so that a broken tokenizer is an error at once.
     has_tokenizer = holds_tokenizer(files.folder)

@@ -14,6 +14,7 @@ from octavo.cli.common import printable
 from octavo.llm import LLM
 from octavo.sampling_params import SamplingParams
 from octavo.search.params import BeamSearchParams
+from octavo.weights import model_files
 
 DUMMY = ["--load-format", "dummy"]
 
@@ -53,6 +54,16 @@ def test_a_base_model_continues(base_model, capsys):
     assert json.loads(capsys.readouterr().out)["prompt"] == "Hello fox"
     assert main(["generate", "hi", "-m", base_model, *DUMMY, "--chat"]) == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_a_configuration_is_read_once(model, capsys, monkeypatch):
+    read = []
+    keep = model_files.read_json_object
+    monkeypatch.setattr(
+        model_files, "read_json_object", lambda path: read.append(path.name) or keep(path)
+    )
+    assert main(["generate", "hi", "-m", model, *DUMMY, "-n", "1"]) == 0
+    assert read.count("config.json") == 1
 
 
 def test_beams(model, llm, capsys, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -96,7 +95,7 @@ def load_llm(
     """The model in memory, with a bar on a terminal; fetches smollm2-135m where it is missing.
 
     adapters: LoRA adapters, name -> folder. quiet: no bar, and no notes about the weights.
-    needs_text: a folder without a tokenizer is a TokenizerError, and an embedding model an
+    needs_text: a model without a tokenizer is a TokenizerError, and an embedding model an
     InvalidArgumentError, before the weights are read.
     """
     from octavo.config import read_environment
@@ -106,18 +105,15 @@ def load_llm(
     from octavo.weights.model_files import read_model
     from octavo.weights.pooling import refuse_embeddings
 
-    path = resolve_model(model, read_environment())
-    if needs_text and path.is_dir():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # loading warns again
-            files = read_model(path)
+    files = read_model(resolve_model(model, read_environment()))
+    if needs_text:
         refuse_embeddings(files, config.runner)
         if not holds_tokenizer(files.folder):
             Tokenizer(files.folder)  # its error has the commands that make one
     stage = f"loading {Path(model or DEFAULT_MODEL).name}"
     with progress_bar("bytes", quiet=quiet) as bar:
         on_load = partial(bar.update, stage)
-        llm = LLM(path, config=config, on_load=on_load, adapters=adapters)
+        llm = LLM(files, config=config, on_load=on_load, adapters=adapters)
     for line in () if quiet else llm.notes:
         note(line)
     return llm
