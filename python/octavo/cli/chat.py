@@ -17,10 +17,12 @@ from octavo.cli.options import (
     ModelOption,
     SystemOption,
     engine_options,
+    grouped,
     option,
 )
 from octavo.cli.sampling_options import sampling_options
 from octavo.cli.streams import silent_keys
+from octavo.cli.thinking import Thinking
 from octavo.config import EngineConfig, read_environment
 from octavo.errors import TokenizerError
 from octavo.sampling_params import SamplingParams
@@ -33,12 +35,14 @@ _QUOTES = '"""'
 
 @engine_options("runner")
 @sampling_options(without=("n",), max_tokens=1024, temperature=0.6, top_p=0.9)
+@grouped
 def chat(
     *,
     context: typer.Context,
     model: ModelOption = None,
     adapter: AdapterOption = None,
     system: SystemOption = None,
+    thinking: Thinking,
     config: EngineConfig,
     params: SamplingParams,
     quiet: Annotated[bool, option("Leave out the line about speed.", "--quiet", "-q")] = False,
@@ -72,7 +76,9 @@ def chat(
             )
         params = _as_recommended(params, context, model)
         name, quiet = model or DEFAULT_MODEL, quiet or not interactive
-        conversation = Conversation(llm, params, system, adapter, model=name, quiet=quiet)
+        conversation = Conversation(
+            llm, params, system, adapter, model=name, thinking=thinking, quiet=quiet
+        )
         return conversation.run(partial(read_message, read_line))
 
 

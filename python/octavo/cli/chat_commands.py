@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from octavo.cli import common
 from octavo.cli.sampling_options import SAMPLING_FIELDS
+from octavo.cli.thinking import Thinker, Thinking
 from octavo.errors import InvalidArgumentError
 from octavo.files import expand_home, read_text, write_text
 from octavo.sampling_params import SamplingParams
@@ -23,6 +24,7 @@ class Talk(Protocol):
     system: str | None
     params: SamplingParams
     turns: list[dict[str, str]]
+    thinker: Thinker
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -31,11 +33,15 @@ class Talk(Protocol):
     def retry(self) -> None:
         """Ask the last question again."""
 
+    def think(self, asked: Thinking) -> None:
+        """From now on so."""
+
 
 HELP = '''\
   /system TEXT     how the model should behave; begins anew
   /set NAME VALUE  change an option of sampling, as in /set temperature 0.9
   /set             show these options
+  /thinking WORD   on, off: think before an answer; show, hide: what is thought
   /retry           ask the last question again, with another seed
   /save FILE       write the conversation to a file
   /load FILE       go on with the conversation in a file
@@ -100,6 +106,17 @@ def _set(talk: Talk, rest: str) -> None:
     common.note(f"({name} is {_text(getattr(talk.params, name))})")
 
 
+def _thinking(talk: Talk, rest: str) -> None:
+    changes: dict[str, dict[str, bool]] = {
+        **{"on": {"think": True}, "off": {"think": False}},
+        **{"show": {"hide_thinking": False}, "hide": {"hide_thinking": True}},
+    }
+    if rest not in changes:
+        raise InvalidArgumentError(f"/thinking is {rest!r}; expected one of {', '.join(changes)}")
+    talk.think(replace(talk.thinker.asked, **changes[rest]))
+    common.note(f"(thinking: {rest})")
+
+
 def _value(text: str) -> Any:
     """What was typed, as JSON; a text if it is none. "none" is None."""
     try:
@@ -140,7 +157,14 @@ def _messages(path: Path) -> list[dict[str, str]]:
     text = read_text(path, expected)
     try:
         messages = json.loads(text)["messages"]
-        found = [{"role": str(one["role"]), "content": one["content"]} for one in messages]
+        found = [
+            {
+                "role": str(one["role"]),
+                "content": one["content"],
+                **({"reasoning": str(one["reasoning"])} if one.get("reasoning") else {}),
+            }
+            for one in messages
+        ]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise InvalidArgumentError(f"{path} holds something else; expected {expected}") from None
     roles = [message["role"] for message in found]
@@ -162,4 +186,5 @@ _COMMANDS: dict[str, Callable[[Talk, str], None]] = {
     "save": _save,
     "set": _set,
     "system": _system,
+    "thinking": _thinking,
 }

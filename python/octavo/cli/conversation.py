@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from octavo.cli import chat_commands, common
+from octavo.cli.thinking import ShownAnswer, Thinker, Thinking, cut_off
 from octavo.cli.wrap import AnswerWriter
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.sampling_params import SamplingParams
@@ -29,10 +30,12 @@ class Conversation:
         adapter: str | None = None,
         *,
         model: str = "",
+        thinking: Thinking | None = None,
         quiet: bool = False,
     ) -> None:
-        """model: its name, for files of `/save`."""
+        """model: its name, for files of `/save`. InvalidArgumentError as of `Thinker`."""
         self.llm = llm
+        self.think(thinking or Thinking())
         self.params = params
         self.system = system
         self.adapter = adapter
@@ -57,6 +60,10 @@ class Conversation:
                 if not is_command:
                     self.turn(line.strip())
 
+    def think(self, asked: Thinking) -> None:
+        """From now on so. InvalidArgumentError as of `Thinker`."""
+        self.thinker = Thinker(self.llm, asked)
+
     def turn(self, text: str) -> bool:
         """Ask, show the answer as it comes, remember both. A failed turn is not remembered."""
         self.turns.append({"role": "user", "content": text})
@@ -72,7 +79,7 @@ class Conversation:
         if answer is None:
             self.turns.pop()
             return False
-        self.turns.append({"role": "assistant", "content": answer})
+        self.turns.append(answer)
         return True
 
     def retry(self) -> None:
@@ -100,11 +107,11 @@ class Conversation:
         # Room for the answer; a quarter of a small context is enough.
         room = min(self.params.max_tokens or limit, limit // 4)
         dropped = 0
-        prompt = self.llm.encode_chat(self.messages)
+        prompt = self.thinker.encode(self.messages)
         while len(prompt.token_ids) > limit - room and len(self.turns) > 1:
             del self.turns[:2]
             dropped += 1
-            prompt = self.llm.encode_chat(self.messages)
+            prompt = self.thinker.encode(self.messages)
         if dropped:
             common.note(
                 f"(dropped from memory: the oldest {dropped} turn{'s' if dropped > 1 else ''}; "
@@ -117,25 +124,19 @@ class Conversation:
             )
         return prompt
 
-    def _answer(self, prompt: EncodedPrompt) -> str | None:
+    def _answer(self, prompt: EncodedPrompt) -> dict[str, str] | None:
         """Stream one answer; Ctrl-C keeps what there is. None if the model failed."""
-        pieces: list[str] = []
-        writer = AnswerWriter(sys.stdout)
+        # Some templates end so that every answer begins with a space.
+        answer = self.thinker.shown(prompt, AnswerWriter(sys.stdout), strip=True)
         result: RequestOutput | None = None
         stopped = False
         try:
             for chunk in self.llm.stream(prompt, self.params, adapter=self.adapter):
-                # Some templates end so that every answer begins with a space.
-                text = chunk.text if pieces else chunk.text.lstrip()
-                if text:
-                    pieces.append(text)
-                    writer.write(common.printable(text, sys.stdout))
+                answer.write(chunk.text)
                 result = chunk.result or result
         except KeyboardInterrupt:
             stopped = True
-        writer.end()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        answer.end()
         if stopped:
             common.note("(stopped)")
         elif result is not None and result.error is not None:
@@ -143,11 +144,13 @@ class Conversation:
             self.failed = True
             return None
         elif result is not None:
-            self._remark(result)
-        return "".join(pieces).strip()
+            self._remark(result, answer)
+        thought = {"reasoning": answer.thought} if answer.thought else {}
+        return {"role": "assistant", "content": answer.text.strip(), **thought}
 
-    def _remark(self, result: RequestOutput) -> None:
+    def _remark(self, result: RequestOutput, answer: ShownAnswer) -> None:
         if result.outputs[0].finish_reason == "length":
-            common.note("(cut off: --max-tokens, or the end of the context, is reached)")
+            where = cut_off(answer.thought, answer.text)
+            common.note(f"({where}: --max-tokens, or the end of the context, is reached)")
         if not self._quiet:
             common.note(common.speed_line(result.metrics))

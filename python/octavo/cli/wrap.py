@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
 from rich.cells import cell_len
@@ -107,6 +110,18 @@ class AnswerWriter:
         self._column += _columns(text)
         if self._column > _width():  # the terminal has broken the line
             self._column = (self._column - 1) % _width() + 1
+
+
+@contextmanager
+def dimmed(stream: IO[str]) -> Iterator[None]:
+    """What is written meanwhile is dim, on a terminal that can show it so."""
+    can = stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    stream.write("\x1b[2m" if can else "")
+    try:
+        yield
+    finally:
+        stream.write("\x1b[0m" if can else "")
+        stream.flush()
 
 
 def _may_break(before: str, after: str) -> bool:
