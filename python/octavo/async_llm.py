@@ -91,15 +91,20 @@ class AsyncLLM:
             stream.close()
 
     async def embed(
-        self, prompt: AnyPrompt, *, dimensions: int | None = None, **options: Any
+        self,
+        prompt: AnyPrompt,
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        **options: Any,
     ) -> EmbeddingRequestOutput:
         """The vector of one text, of an embedding model.
 
-        dimensions: its first so many numbers, normalized anew; None: all. options: as for `stream`.
+        dimensions, normalize: as of `LLM.embed`. options: as for `stream`.
         """
         pooling = self._loaded().need_pooling(dimensions)
         result = await self.generate(prompt, EMBED, **options)
-        return embedding_output(result, pooling, dimensions)
+        return embedding_output(result, pooling, dimensions, normalize)
 
     async def stream(
         self,

@@ -203,6 +203,7 @@ class LLM(LoadedModel):
         prompts: Prompt | Sequence[Prompt],
         *,
         dimensions: int | None = None,
+        normalize: bool | None = None,
         progress: bool = True,
         adapter: str | None = None,
         use_tqdm: bool = True,
@@ -210,9 +211,10 @@ class LLM(LoadedModel):
     ) -> list[EmbeddingRequestOutput]:
         """The vectors of one text or many, of an embedding model; in the prompts' order.
 
-        dimensions: the first so many numbers of each, normalized anew; None: all. Otherwise as
-        `generate`, which such a model refuses, as all that makes texts. Raises InvalidArgumentError
-        for a model that makes texts, and for a prompt that is empty or too long.
+        dimensions: the first so many numbers of each; None: all. normalize: divide each by its
+        length, or do not; None: as the model's files say. Otherwise as `generate`, which such a
+        model refuses, as all that makes texts. Raises InvalidArgumentError for a model that makes
+        texts, and for a prompt that is empty or too long.
         """
         pooling = self.need_pooling(dimensions)
         adapter = self._adapter(adapter, lora_request)
@@ -220,7 +222,7 @@ class LLM(LoadedModel):
         many, items = split_prompts(prompts)
         encoded = for_each(items, self.encode_prompt, "prompt" if many else None)
         outputs = self._run_all(call, encoded, EMBED, progress and use_tqdm, adapter)
-        return [embedding_output(output, pooling, dimensions) for output in outputs]
+        return [embedding_output(each, pooling, dimensions, normalize) for each in outputs]
 
     def beam_search(
         self,

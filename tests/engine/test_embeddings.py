@@ -26,7 +26,14 @@ from weights_helpers import random_weights, write_model
 
 from octavo import LLM, AsyncLLM, SamplingParams
 from octavo.engine.engine import Engine
-from octavo.engine.pooling import EMBED, Pooled, PoolingEngine, Recorder, normalized
+from octavo.engine.pooling import (
+    EMBED,
+    Pooled,
+    PoolingEngine,
+    Recorder,
+    embedding_of,
+    normalized,
+)
 from octavo.errors import EngineStepError, InvalidArgumentError, UnsupportedModelError
 from octavo.model import load_model
 from octavo.models.pooling import Pooling
@@ -53,6 +60,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def embed(llm: LLM, texts: Sequence[Sequence[int]], **options: Any) -> list[np.ndarray]:
     return [each.embedding for each in llm.embed(texts, progress=False, **options)]
+
+
+def vector_of(output: Any, kind: str) -> np.ndarray:
+    """Of a request that went to the engine itself."""
+    return embedding_of(output, Pooling(96, kind), None)  # type: ignore[arg-type]
 
 
 def equal(found: Iterable[np.ndarray], expected: Iterable[np.ndarray]) -> bool:
@@ -126,7 +138,7 @@ def test_a_preemption_changes_no_bit(folders: Any, kind: str, model: str) -> Non
         engine.add_request(f"urgent{length}", texts[length], EMBED)
     outputs |= run_to_end(engine)
     assert outputs["late"].metrics.num_preemptions == 2
-    found = [outputs[name].embedding for name in ("late", "urgent0", "urgent3")]
+    found = [vector_of(outputs[name], kind) for name in ("late", "urgent0", "urgent3")]
     assert equal(found, [expected[-1], expected[0], expected[3]])
 
 
@@ -156,7 +168,7 @@ def test_a_step_that_fails_is_computed_again(folders: Any) -> None:
         except RuntimeError:
             engine.check_integrity()
     assert not failing
-    assert equal([outputs["whole"].embedding], alone(folders("mean"))[-1:])
+    assert equal([vector_of(outputs["whole"], "mean")], alone(folders("mean"))[-1:])
 
 
 def test_no_step_multiplies_by_the_head(folders: Any) -> None:
@@ -230,7 +242,7 @@ def test_a_planted_error_after_a_preemption_is_seen(folders: Any) -> None:
     engine.add_request("urgent", texts[3], EMBED)
     outputs = run_to_end(engine)
     assert outputs["late"].metrics.num_preemptions == 1
-    assert not equal([outputs["late"].embedding], alone(folders("mean"))[-1:])
+    assert not equal([vector_of(outputs["late"], "mean")], alone(folders("mean"))[-1:])
 
 
 def plant(engine: Engine, wrong: type[Recorder]) -> None:
@@ -246,13 +258,33 @@ def test_dimensions_are_the_first_numbers_normalized_anew(folders: Any, tmp_path
     assert equal(embed(llm, texts, dimensions=96), whole)
     for found, vector in zip(embed(llm, texts, dimensions=11), whole, strict=True):
         assert found.shape == (11,) and abs(np.linalg.norm(found) - 1) < 1e-6
-        np.testing.assert_array_equal(found, normalized(vector[:11]))
+        np.testing.assert_allclose(found, normalized(vector[:11]), rtol=1e-6)
     for wrong in (0, 97, -1, True, 2.0, "8"):
         with pytest.raises(InvalidArgumentError, match=r"dimensions is .*; expected 1 to 96"):
             llm.embed(texts, dimensions=wrong)  # type: ignore[arg-type]
     raw = LLM(write_embedding_model(tmp_path / "raw", normalize=False), **LIMITS)
     cut = embed(raw, texts, dimensions=11)
     assert equal(cut, [vector[:11] for vector in embed(raw, texts)])
+
+
+def test_vectors_are_normalized_or_not_as_it_is_asked(folders: Any, tmp_path: Path) -> None:
+    """The same bits as of a model whose files say so."""
+    texts = prompts(5, 40)
+    raw = LLM(write_embedding_model(tmp_path / "raw", "mean", normalize=False), **LIMITS)
+    llm = LLM(folders("mean"), **LIMITS)
+    for dimensions in (None, 11):
+        for one, other in ((llm, raw), (raw, llm)):
+            asked = bool(other.pooling and other.pooling.normalize)
+            expected = embed(other, texts, dimensions=dimensions)
+            found = embed(one, texts, dimensions=dimensions, normalize=asked)
+            assert equal(found, expected) and found[0].dtype == np.float32
+            assert not equal(embed(one, texts, dimensions=dimensions), expected)
+
+    async def alone() -> Any:
+        async with AsyncLLM(folders("mean"), **LIMITS) as concurrent:
+            return (await concurrent.embed(texts[0], normalize=False)).embedding
+
+    assert equal([asyncio.run(alone())], embed(raw, texts[:1]))
 
 
 def test_prompts_that_cannot_be_embedded(folders: Any) -> None:

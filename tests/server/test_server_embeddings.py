@@ -111,7 +111,12 @@ def test_dimensions(llm: LLM, expected: list[np.ndarray]) -> None:
             body = {"input": TEXTS, "dimensions": 17}
             answer = (await client.post(EMBEDDINGS, json=body)).json()
             for found, vector in zip(vectors_of(answer), expected, strict=True):
-                np.testing.assert_array_equal(found, normalized(vector[:17]))
+                np.testing.assert_allclose(found, normalized(vector[:17]), rtol=1e-6)
+            raw = (await client.post(EMBEDDINGS, json={**body, "normalize": False})).json()
+            given = zip(vectors_of(raw), vectors_of(answer), strict=True)
+            for found, vector in given:
+                assert not 0.99 < np.linalg.norm(found) < 1.01
+                np.testing.assert_allclose(normalized(found), vector, rtol=1e-6)
             for wrong in (0, 97, -3, "x"):
                 error = error_of(
                     await client.post(EMBEDDINGS, json={**body, "dimensions": wrong}), 400

@@ -133,7 +133,8 @@ class RequestOutput:
     error: what went wrong when a finish_reason is "error", else None.
     prompt_logprobs: one entry for each prompt token, None where the token has none (the first, and
     those before prompt_logprobs_start); None as a whole when they were not asked for.
-    embedding: of an embedding model the prompt's vector, float32 (dimensions,); else None.
+    embedding: of an embedding model what the prompt's vector is made of, float64 (dimensions,), not
+    normalized (`embedding_of`); else None.
     """
 
     request_id: str
@@ -143,7 +144,7 @@ class RequestOutput:
     error: str | None
     metrics: RequestMetrics
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    embedding: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    embedding: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
 
     @property
     def text(self) -> str:

@@ -111,11 +111,10 @@ class Recorder(Drafter):
             pooled.values += rows[0]
         pooled.num_tokens += len(rows)
 
-    def vector(self, sequence: Sequence) -> Float32:
-        """The embedding of a sequence whose prompt is computed, float32 (dimensions,)."""
+    def vector(self, sequence: Sequence) -> NDArray[np.float64]:
+        """What a sequence whose prompt is computed has, as it is: float64 (dimensions,)."""
         pooled: Pooled = sequence.drafting
-        values = pooled.values / (pooled.num_tokens if self.pooling.kind == "mean" else 1)
-        return normalized(values) if self.pooling.normalize else values.astype(np.float32)
+        return pooled.values / (pooled.num_tokens if self.pooling.kind == "mean" else 1)
 
 
 class PoolingEngine(Engine):
@@ -172,29 +171,30 @@ def normalized(values: NDArray[Any]) -> Float32:
     return np.asarray(wide / max(float(np.sqrt((wide * wide).sum())), _TINY), np.float32)
 
 
-def embedding_of(result: RequestOutput, pooling: Pooling, dimensions: int | None) -> Float32:
-    """The vector of a request that has ended, or its first `dimensions` numbers.
+def embedding_of(
+    result: RequestOutput, pooling: Pooling, dimensions: int | None, normalize: bool | None = None
+) -> Float32:
+    """The vector of a request that has ended, made of its first `dimensions` numbers.
 
-    These are normalized anew where the model's vectors are. EngineStepError where there is none.
+    normalize: divided by its length, or not; None: as the model's files say. EngineStepError where
+    there is none.
     """
-    vector = result.embedding
-    if vector is None:
+    if result.embedding is None:
         reason = result.outputs[0].finish_reason
         raise EngineStepError(result.error or f"the request has no embedding: it ended by {reason}")
-    if dimensions is None or dimensions == pooling.dimensions:
-        return vector
-    part = vector[:dimensions]
-    return normalized(part) if pooling.normalize else part
+    part = result.embedding[:dimensions]
+    is_wanted = pooling.normalize if normalize is None else normalize
+    return normalized(part) if is_wanted else part.astype(np.float32)
 
 
 def embedding_output(
-    result: RequestOutput, pooling: Pooling, dimensions: int | None
+    result: RequestOutput, pooling: Pooling, dimensions: int | None, normalize: bool | None
 ) -> EmbeddingRequestOutput:
     """A finished request as the users of `embed` get it."""
     return EmbeddingRequestOutput(
         result.request_id,
         result.prompt,
         result.prompt_token_ids,
-        EmbeddingOutput(embedding_of(result, pooling, dimensions)),
+        EmbeddingOutput(embedding_of(result, pooling, dimensions, normalize)),
         result.metrics,
     )

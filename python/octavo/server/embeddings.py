@@ -32,7 +32,6 @@ _ELSEWHERE = {
     **dict.fromkeys(("input_type", "prompt_name", "task_type", "instruction"), _BEFORE),
     "output_dimension": "its name here is dimensions",
     "embedding_types": "use encoding_format",
-    "normalize": "the model's files say whether vectors are normalized",
 }
 
 
@@ -44,6 +43,7 @@ class EmbeddingBody(PromptBody):
     input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
+    normalize: bool | None = None
     add_special_tokens: bool = True
     stream: Literal[False] | None = None
 
@@ -81,7 +81,8 @@ class EmbeddingFormat(WholeFormat):
 
     def whole(self, results: Sequence[RequestOutput], usage: dict[str, Any]) -> dict[str, Any]:
         """One object a prompt, in the prompts' order; usage: of the prompts alone."""
-        vectors = [embedding_of(each, self._pooling, self._body.dimensions) for each in results]
+        wanted = (self._pooling, self._body.dimensions, self._body.normalize)
+        vectors = [embedding_of(each, *wanted) for each in results]
         data = [
             {"object": "embedding", "index": index, "embedding": self._encoded(vector)}
             for index, vector in enumerate(vectors)
