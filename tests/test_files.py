@@ -60,11 +60,11 @@ def test_what_is_written_stays_as_it_was_if_the_disk_is_full(tmp_path, monkeypat
     path = tmp_path / "page.html"
     path.write_text("before")
 
-    def fail(self: Path, text: str, encoding: str) -> None:
-        self.write_bytes(b"half")
+    def fail(self: Path, content: bytes) -> None:
+        self.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(FileError, match="free some space"):
         write_text(path, "the page", "after")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]

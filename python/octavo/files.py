@@ -88,7 +88,12 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
 
 
 def write_text(path: str | Path, what: str, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all; a pipe or a device is written to as it is.
+    """Write a file in UTF-8, as `write_bytes`."""
+    write_bytes(path, what, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, what: str, content: bytes) -> None:
+    """Write a file, whole or not at all; a pipe or a device is written to as it is.
 
     what: it, as in "the trace". Raises FileError.
     """
@@ -98,11 +103,11 @@ def write_text(path: str | Path, what: str, text: str) -> None:
         target = path.resolve()  # what a link leads to: the link itself stays
         in_place = path.exists() and not path.is_file()
         if in_place or not os.access(target.parent, os.W_OK):
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
             return
         temporary = target.with_name(f".octavo.{os.getpid()}.partial")
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content)
             temporary.replace(target)
         except OSError:
             temporary.unlink(missing_ok=True)

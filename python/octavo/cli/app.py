@@ -49,6 +49,7 @@ VERBS = (
     Verb("chat", "Talk with a model in the terminal.", _RUN),
     Verb("serve", "Serve a model over HTTP, with OpenAI's API.", _RUN),
     Verb("batch", "Answer a file of prompts; can be stopped and resumed.", _RUN),
+    Verb("embed", "Make vectors of texts, with an embedding model.", _RUN),
     Verb("slurm", "Write, check and collect jobs for a cluster with Slurm.", _RUN),
     Verb("pull", "Fetch a model, or convert a GGUF file, into the cache.", _MODELS),
     Verb("list", "Show the models in the cache.", _MODELS, "models"),

@@ -217,13 +217,15 @@ def _parse(line: BatchLine, defaults: Defaults) -> BatchRequest:
         if "body" in content or "url" in content or "method" in content:
             return _parse_openai(line.custom_id, content, defaults)
         return _parse_plain(line.custom_id, content, defaults)
-    prompt = line.text
-    if text.startswith('"'):
-        try:
-            prompt = json.loads(text)
-        except ValueError:
-            prompt = line.text  # a text that begins with a quotation mark
-    return _text_request(line.custom_id, prompt, {}, defaults)
+    return _text_request(line.custom_id, text_of(line.text), {}, defaults)
+
+
+def text_of(line: str) -> str:
+    """The text that a line is: itself, or what a JSON string holds."""
+    if line.lstrip().startswith('"'):
+        with suppress(ValueError):  # a text that begins with a quotation mark
+            return str(json.loads(line))
+    return line
 
 
 def _parse_openai(custom_id: str, content: dict[str, Any], defaults: Defaults) -> BatchRequest:

@@ -97,7 +97,7 @@ def bench_spec(
         max_num_seqs=max(*batches, 1),
         max_model_len=config.max_model_len or 512 + generate,
     )
-    llm = load_llm(model, config, needs_text=not acceptances)
+    llm = load_llm(model, config, needs=None if acceptances else "texts")
     with progress_bar() as bar:
         result = run_bench(
             llm,

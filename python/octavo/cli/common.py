@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from octavo.cli.streams import silent_keys
 from octavo.errors import InvalidArgumentError
@@ -66,8 +66,7 @@ def _fit(message: str, console: Console) -> str:
 def read_prompt(argument: str) -> str:
     """The prompt itself, or all of standard input for "-"."""
     if argument != "-":
-        # Python passes bytes that the locale cannot decode as surrogates: decode them as UTF-8.
-        text = argument.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
+        text = decoded(argument)
     else:
         if sys.stdin.isatty():
             note("Type the prompt, then Ctrl-D:")
@@ -75,6 +74,11 @@ def read_prompt(argument: str) -> str:
     if not text.strip():
         raise InvalidArgumentError("the prompt is empty; expected some text")
     return text
+
+
+def decoded(argument: str) -> str:
+    """An argument's text. Python passes bytes that the locale cannot decode as surrogates."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", errors="replace")
 
 
 @contextmanager
@@ -90,24 +94,24 @@ def load_llm(
     adapters: Mapping[str, str | Path] | None = None,
     *,
     quiet: bool = False,
-    needs_text: bool = True,
+    needs: Literal["texts", "vectors"] | None = "texts",
 ) -> LLM:
     """The model in memory, with a bar on a terminal; fetches smollm2-135m where it is missing.
 
     adapters: LoRA adapters, name -> folder. quiet: no bar, and no notes about the weights.
-    needs_text: a model without a tokenizer is a TokenizerError, and an embedding model an
-    InvalidArgumentError, before the weights are read.
+    needs: a model without a tokenizer is a TokenizerError, and one that does not make these an
+    InvalidArgumentError, before the weights are read. None: any model.
     """
     from octavo.config import read_environment
     from octavo.llm import LLM
     from octavo.text.tokenizer import Tokenizer, holds_tokenizer
     from octavo.weights.hub import DEFAULT_MODEL, resolve_model
     from octavo.weights.model_files import read_model
-    from octavo.weights.pooling import refuse_embeddings
+    from octavo.weights.pooling import refuse_embeddings, refuse_texts
 
     files = read_model(resolve_model(model, read_environment()))
-    if needs_text:
-        refuse_embeddings(files, config.runner)
+    if needs is not None:
+        (refuse_embeddings if needs == "texts" else refuse_texts)(files, config.runner)
         if not holds_tokenizer(files.folder):
             Tokenizer(files.folder)  # its error has the commands that make one
     stage = f"loading {Path(model or DEFAULT_MODEL).name}"
@@ -153,14 +157,15 @@ _VISIBLE = {
 
 def speed_line(metrics: RequestMetrics) -> str:
     """The line at the end of a generation."""
-    parts = [_count(metrics.num_prompt_tokens, "prompt token")]
+    parts = [count(metrics.num_prompt_tokens, "prompt token")]
     if metrics.time_to_first_token is not None:
         parts.append(f"first token after {metrics.time_to_first_token:.2f} s")
-    tokens = _count(metrics.num_output_tokens, "token")
+    tokens = count(metrics.num_output_tokens, "token")
     speed = metrics.tokens_per_second
     parts.append(tokens if speed is None else f"{tokens} at {speed:.1f} tokens/s")
     return " · ".join(parts)
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """ "1 token", "2 tokens"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -67,7 +67,7 @@ class ScreenGroup(TyperGroup):
         table.columns[1].style = "bold cyan"
         example = 'octavo generate "Why is the sky blue?"'
         usage = f"Usage: octavo COMMAND [--help], as in: {example}"
-        formatter.write(_rendered(usage, "", table))
+        formatter.write(_rendered(usage, table))  # which fill the screen
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """The verbs of one word: a shell asks for one word at a time."""

@@ -160,9 +160,18 @@ def refuse_embeddings(files: ModelFiles, runner: str) -> None:
     """InvalidArgumentError for an embedding model in a command that makes texts."""
     if find_pooling(files, runner) is not None:
         raise InvalidArgumentError(
-            f"{files.path.name} gives embeddings and makes no texts: `octavo serve` has its "
-            "vectors at /v1/embeddings, llm.embed in Python. --runner generate takes it as a model "
-            "of texts"
+            f"{files.path.name} gives embeddings and makes no texts: `octavo embed` has its "
+            "vectors, `octavo serve` at /v1/embeddings. --runner generate takes it as a model of "
+            "texts"
+        )
+
+
+def refuse_texts(files: ModelFiles, runner: str) -> None:
+    """InvalidArgumentError for a model that makes texts in a command that makes vectors."""
+    if find_pooling(files, runner) is None:
+        raise InvalidArgumentError(
+            f"{files.path.name} makes texts and gives no embeddings: name a model that does, or "
+            "take this one's last hidden state with --runner pooling"
         )
 
 
