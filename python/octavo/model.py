@@ -209,12 +209,10 @@ def _for_runner(
     files: ModelFiles, config: EngineConfig
 ) -> tuple[ModelFiles, EngineConfig, Pooling | None]:
     """Model and options as what the model is for needs them; the pooling of an embedding model."""
-    from octavo.weights.pooling import find_pooling, refuse_headless, without_head
+    from octavo.weights.pooling import for_runner
 
-    pooling = find_pooling(files, config.runner)
+    files, pooling = for_runner(files, config.runner, has_weights=config.load_format != "dummy")
     if pooling is None:
-        if config.load_format != "dummy":
-            refuse_headless(files)
         return files, config, None
     if config.speculative_config is not None:
         raise InvalidArgumentError(
@@ -224,7 +222,7 @@ def _for_runner(
     longest = pooling.max_tokens
     if config.max_model_len is None and longest and longest < files.spec.max_position_embeddings:
         config = replace(config, max_model_len=longest)
-    return without_head(files), config, pooling
+    return files, config, pooling
 
 
 def _merge_options(config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:

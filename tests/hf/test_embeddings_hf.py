@@ -16,6 +16,7 @@ from text_helpers import sentencepiece_directory
 
 from hf.family_models import CASES, MAX_MODEL_LEN, make_model, saved_model, tokens_of
 from octavo import LLM
+from octavo.cli import main
 from octavo.models.registry import FAMILIES
 
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore:.*eos_token_id")]
@@ -96,6 +97,13 @@ def test_planted_errors_are_seen() -> None:
     for wrong in (states[-2], before[-1], states.mean(axis=0), states[0]):
         vector = wrong / np.linalg.norm(wrong)
         assert np.abs(found - vector).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", list(CASES)[::5])
+def test_octavo_diff_of_a_model_without_a_head(case: str, tmp_path: Path, capsys: Any) -> None:
+    _, folder = bare_folder(case, tmp_path)
+    words = ["diff", str(folder), "--against", "hf", "--random", "19", "--steps", "2"]
+    assert main(words) == 0, capsys.readouterr().out
 
 
 def test_texts_with_an_end_behind_them(tmp_path: Path) -> None:

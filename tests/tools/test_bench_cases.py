@@ -96,6 +96,13 @@ def test_the_work_of_decoding(window: int, kv_dtype: str) -> None:
     assert work_of(case, spec, 1000.0, kv_dtype, 512) == Work(num_bytes, operations)
 
 
+def test_the_work_of_an_embedding_model_has_no_head() -> None:
+    assert streamed_bytes(SPEC, 10_000, 2, embeds=True) == 10_000 - 2 * 83 * 36
+    prompt, text = (work_of(Case(kind, 9), SPEC, 1000.0, "f32", 4) for kind in ("prefill", "embed"))
+    assert prompt.num_operations - text.num_operations == 2 * 83 * 36
+    assert prompt.num_bytes == text.num_bytes
+
+
 def test_the_work_of_a_prompt_in_chunks() -> None:
     case = Case("prefill", num_tokens=11)
     operations = 2.0 * (11 * linear_weights(SPEC) + 83 * 36)  # one row goes through the head

@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from octavo.bench.cases import BYTES, Case, Peak, Work, least_seconds, streamed_bytes, work_of
+from octavo.bench.cases import (
+    BYTES,
+    Case,
+    Peak,
+    Work,
+    embedding_cases,
+    least_seconds,
+    streamed_bytes,
+    work_of,
+)
 from octavo.bench.peak import measure, measure_cuda
 from octavo.config import EngineConfig, Environment, RuntimeOptions
 from octavo.errors import InvalidArgumentError
@@ -30,6 +39,7 @@ from octavo.weights.adapter import read_adapter
 from octavo.weights.checkpoint import open_checkpoint
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import read_model
+from octavo.weights.pooling import for_runner
 
 GATE_STEPS = 4  # decoded tokens whose logits are compared
 # Where matrix products may sum in another order in company: the largest difference of two logits,
@@ -117,6 +127,7 @@ class BenchResult:
     loading: Loading | None = None
     tensor_parallel_size: int = 1
     adapters: tuple[str, ...] = ()  # their folders; sequences have them in turn
+    embeds: bool = False  # an embedding model: gates compare states, not logits
 
     @property
     def passed(self) -> bool:
@@ -143,13 +154,21 @@ def bench(
     measured: called with each case's row as soon as it is there. adapters: folders of LoRA
     adapters, which the sequences have in turn; what they read and compute is not in the limits.
 
+    Of an embedding model (config.runner) only the prompts are measured, up to their hidden states.
+
     Raises what loading raises, and InvalidArgumentError for cases that the model has no room for.
     """
     if repetitions < 1:
         raise InvalidArgumentError(f"repetitions is {repetitions}; expected 1 or more")
     from octavo import _native
 
-    files = read_model(resolve_model(model, environment))
+    files, pooling = for_runner(
+        read_model(resolve_model(model, environment)),
+        config.runner,
+        has_weights=config.load_format != "dummy",
+    )
+    embeds = pooling is not None
+    cases = embedding_cases(cases) if embeds else cases
     before, started = resident_memory(), time.perf_counter()
     checkpoint = open_checkpoint(files, config.load_format, config.seed)
     loras = [read_adapter(folder, files, checkpoint) for folder in adapters]
@@ -168,7 +187,7 @@ def bench(
     ranks = options.world_size
     threads = ranks * threads_of_rank(options.num_threads, ranks)
     peak = measure_peak(loaded, threads, progress)
-    runner = Runner(loaded, files.spec, peak, loras)
+    runner = Runner(loaded, files.spec, peak, loras, embeds=embeds)
     rows = []
     for number, case in enumerate(cases):
         progress(f"{case.name}, batch {case.batch}", number, len(cases))
@@ -193,6 +212,7 @@ def bench(
         loading=loading,
         tensor_parallel_size=ranks,
         adapters=tuple(map(str, adapters)),
+        embeds=embeds,
     )
 
 
@@ -231,7 +251,11 @@ class Runner:
         spec: ModelSpec,
         peak: Peak | None,
         adapters: Sequence[Adapter] = (),
+        *,
+        embeds: bool = False,
     ) -> None:
+        """embeds: an embedding model, whose steps end before the head."""
+        self._embeds = embeds
         self._session = Session(loaded, adapters)
         self._runtime = loaded.runtime
         self._spec = spec
@@ -243,7 +267,9 @@ class Runner:
         # All ranks have parts of the same size, and read and compute the same.
         self._ranks = self._options.world_size
         self._part = shard_spec(spec, 0, self._ranks)
-        self._part_bytes = streamed_bytes(self._part, self.weight_bytes // self._ranks, BYTES[kind])
+        self._part_bytes = streamed_bytes(
+            self._part, self.weight_bytes // self._ranks, BYTES[kind], embeds=embeds
+        )
         self.step_bytes = self._ranks * self._part_bytes
         self._expert_bytes = expert_bytes(self._part, self._options.formats, self._options.dtype)
 
@@ -275,7 +301,7 @@ class Runner:
 
     def gate(self, case: Case) -> Gate:
         """Logits alone against logits in company, bit for bit."""
-        return self._gate_prefill(case) if case.kind == "prefill" else self._gate_decode(case)
+        return self._gate_decode(case) if case.kind == "decode" else self._gate_prefill(case)
 
     def _gate_prefill(self, case: Case) -> Gate:
         """The prompt alone, and beside another sequence in chunks of another size."""
@@ -312,16 +338,22 @@ class Runner:
     ) -> Float32:
         """Feed sequence 0 a prompt in chunks; the logits of its last token, (vocab_size,).
 
+        Of an embedding model the states of its last token, (hidden_size,).
         companion: tokens of sequence 1, one of which goes into each step while there are any.
         """
         chunk = self._session.chunk if chunk is None else chunk
         beside = list(companion)
+        row: Float32
         for start in range(0, len(prompt), chunk):
             new = {0: prompt[start : start + chunk]}
             if beside:
                 new[1] = [beside.pop()]
-            step = self._session.step(new, None if start + chunk >= len(prompt) else ())
-        row: Float32 = step.logits[0]
+            if self._embeds:
+                row = self._session.states(new)[len(new[0]) - 1]
+            elif start + chunk < len(prompt):
+                self._session.step(new, ())
+            else:
+                row = self._session.step(new).logits[0]
         return row
 
     def decode(self, first: Sequence[int], num_tokens: int) -> None:
@@ -370,10 +402,10 @@ class Runner:
         for _ in range(repetitions + warm_up):
             self._session.rewind(case.depth)
             start = time.perf_counter()
-            if case.kind == "prefill":
-                self.prefill(prompts[0])
-            else:
+            if case.kind == "decode":
                 self.decode(first, case.num_tokens)
+            else:
+                self.prefill(prompts[0])
             seconds.append(time.perf_counter() - start)
         return seconds[int(warm_up) :]
 

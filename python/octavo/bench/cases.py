@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from octavo.errors import InvalidArgumentError
@@ -20,18 +20,19 @@ class Case:
     """One row of the table.
 
     "prefill": one prompt of num_tokens tokens, into an empty cache, logits of the last.
+    "embed": the same by an embedding model, whose steps end before the head.
     "decode": num_tokens steps of `batch` sequences, each with `depth` tokens in the cache before.
     """
 
-    kind: Literal["prefill", "decode"]
+    kind: Literal["prefill", "embed", "decode"]
     num_tokens: int
     batch: int = 1
     depth: int = 0
 
     @property
     def name(self) -> str:
-        """As llama-bench names it: pp512, tg128, tg128 @ d1024."""
-        short = "pp" if self.kind == "prefill" else "tg"
+        """As llama-bench names it: pp512, tg128, tg128 @ d1024; or emb512."""
+        short = {"prefill": "pp", "embed": "emb", "decode": "tg"}[self.kind]
         return f"{short}{self.num_tokens}" + (f" @ d{self.depth}" if self.depth else "")
 
     @property
@@ -75,6 +76,16 @@ def make_cases(
     return cases
 
 
+def embedding_cases(cases: Sequence[Case]) -> list[Case]:
+    """Of these cases those that an embedding model has: prompts, and nothing is decoded."""
+    found = [replace(case, kind="embed") for case in cases if case.kind == "prefill"]
+    if not found:
+        raise InvalidArgumentError(
+            "this model gives embeddings and decodes nothing; expected a -p above 0"
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class Work:
     """The least that a run moves and computes.
@@ -109,12 +120,15 @@ def _chosen(moe: MoeSpec | None, tokens: int) -> float:
     return 1.0 - missed**tokens
 
 
-def streamed_bytes(spec: ModelSpec, weight_bytes: int, embed_item_size: float) -> float:
+def streamed_bytes(
+    spec: ModelSpec, weight_bytes: int, embed_item_size: float, *, embeds: bool = False
+) -> float:
     """Bytes of weights that a step reads, of `weight_bytes` that all of them take.
 
     All, but for an embedding that is not the head too: there only the tokens' rows are read.
+    embeds: of an embedding model, which has no head.
     """
-    if spec.tie_word_embeddings:
+    if spec.tie_word_embeddings and not embeds:
         return float(weight_bytes)
     return weight_bytes - embed_item_size * spec.vocab_size * spec.hidden_size
 
@@ -139,7 +153,7 @@ def matrices_work(
     """The part of `work_of` that is products with the weights; of a rank, with its part of them."""
     moe = next((layer.moe for layer in spec.layers if layer.moe is not None), None)
     read = (step_bytes - expert_bytes * (1 - _chosen(moe, n)) for n, _ in _steps(case, chunk))
-    rows = 1 if case.kind == "prefill" else case.tokens
+    rows = {"prefill": 1, "embed": 0}.get(case.kind, case.tokens)
     head = spec.vocab_size // spec.head_parts * spec.hidden_size
     weights = linear_weights(spec) * case.tokens + head * rows
     return Work(sum(read), 2.0 * weights)

@@ -20,7 +20,12 @@ CSV_COLUMNS = (
     *("test", "kind", "num_tokens", "batch", "depth", "tokens_per_second", "deviation"),
     *("bytes_per_second", "flops", "percent_of_limit", "limit", "logits_hash", "gate", "date"),
 )
-_LEFT = {"test", "limit", "logits", "gate"}
+_LEFT = {"test", "limit", "logits", "states", "gate"}
+
+
+def headings(result: BenchResult) -> tuple[str, ...]:
+    """HEADINGS, with what the gate has compared."""
+    return tuple("states" if result.embeds and h == "logits" else h for h in HEADINGS)
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -76,8 +81,9 @@ def header(result: BenchResult) -> list[str]:
 def to_markdown(result: BenchResult) -> str:
     """The header as a list, then a table in GitHub's Markdown."""
     lines = [f"- {line}" for line in header(result)]
-    lines += ["", "| " + " | ".join(HEADINGS) + " |"]
-    lines += ["|" + "|".join(" --- " if h in _LEFT else " ---: " for h in HEADINGS) + "|"]
+    shown = headings(result)
+    lines += ["", "| " + " | ".join(shown) + " |"]
+    lines += ["|" + "|".join(" --- " if h in _LEFT else " ---: " for h in shown) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in result.rows]
     return "\n".join(lines)
 
@@ -109,7 +115,7 @@ def print_table(result: BenchResult) -> None:
     for line in header(result):
         console.print(line)
     table = Table()
-    for heading in HEADINGS:
+    for heading in headings(result):
         table.add_column(heading, justify="left" if heading in _LEFT else "right", no_wrap=True)
     for row in result.rows:
         table.add_row(*cells(row), style=None if row.gate.passed else "red")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from octavo.cli import completion
-from octavo.cli.common import FAILED, print_error, progress_bar
+from octavo.cli.common import FAILED, note, print_error, progress_bar
 from octavo.cli.options import MODEL, MODEL_NAMES, argument, engine_options, option
 from octavo.config import EngineConfig, check_choice, read_environment
 from octavo.errors import InvalidArgumentError
@@ -21,7 +21,7 @@ def _complete(incomplete: str) -> list[str]:
 _numbers = partial(option, metavar="N,N,…")
 
 
-@engine_options("max_num_batched_tokens", without=("max_model_len", "speculative_config"))
+@engine_options("runner", "max_num_batched_tokens", without=("max_model_len", "speculative_config"))
 def bench(
     *,
     model: Annotated[str | None, argument(MODEL_NAMES, "MODEL", autocompletion=_complete)] = None,
@@ -61,7 +61,8 @@ def bench(
     First the machine itself is measured: bytes read from memory and float32 operations a second.
     Each test then has a gate before it is timed: a sequence's logits must have the same bits alone
     and in the batch (on a GPU without --deterministic: nearly the same numbers). A test that
-    fails gets no figure. Exit code: 0 all gates passed, 1 not.
+    fails gets no figure. Exit code: 0 all gates passed, 1 not. An embedding model decodes nothing:
+    its prompts alone are measured.
 
     A server is measured by [bold]octavo bench serve[/bold], speculative decoding by [bold]octavo
     bench spec[/bold].
@@ -85,6 +86,8 @@ def bench(
             adapters=adapter or (),
         )
     print_result(result, output)
+    if result.embeds and generate != "0":
+        note("an embedding model decodes nothing: -n has no effect")
     if not result.passed:
         print_error("a gate failed: logits depend on what else is in the batch. `octavo diff`")
         return FAILED

@@ -17,7 +17,7 @@ from octavo.config import EngineConfig, read_environment
 _text = partial(option, panel="What to score")
 
 
-@engine_options(without=("max_model_len", "speculative_config"))
+@engine_options("runner", without=("max_model_len", "speculative_config"))
 def eval(
     *,
     model: ModelArgument = None,

@@ -51,11 +51,10 @@ def describe(files: ModelFiles) -> dict[str, Any]:
     from octavo.models.layer import weight_shapes
     from octavo.models.summary import specials
     from octavo.quantization.plan import describe_formats, embedding_formats, weight_bytes
-    from octavo.weights.pooling import find_pooling, without_head
+    from octavo.weights.pooling import for_runner
     from octavo.weights.tensor import ITEM_SIZE
 
-    pooling = find_pooling(files)
-    files = files if pooling is None else without_head(files)
+    files, pooling = for_runner(files, "auto", has_weights=False)
     spec = files.spec
     checkpoint = _open(files)
     layer = spec.layers[0]

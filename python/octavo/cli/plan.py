@@ -36,7 +36,7 @@ _UNUSED = (
 )
 
 
-@engine_options(without=_UNUSED)
+@engine_options("runner", without=_UNUSED)
 def plan(
     *,
     model: ModelArgument = None,
@@ -78,7 +78,7 @@ def plan(
     files = _read(model)
     request = Request(context, concurrency, tensor_parallel_size)
     environment = read_environment()
-    to_plan = ModelToPlan.of(files)
+    to_plan = ModelToPlan.of(files, config.runner)
     with progress_bar() as bar:
         device = find_gpu(gpu) if gpu != "cpu" else _processor(to_plan, config, request, bar)
         planned = make_plan(to_plan, config, request, device, environment)
@@ -185,7 +185,9 @@ def _print(planned: Plan, checked: Checked | None, path: str) -> None:
         words = {True: "yes", False: "no (is something else running here?)"}
         within = {name: words[is_so] for name, is_so in checked.within(planned).items()}
         console.print(f"Memory within {MEMORY_WITHIN:.0%}: {within['memory']}")
-        console.print(f"Decoding within {DECODE_WITHIN:.0%}: {within['decode']}\n")
+        if "decode" in within:
+            console.print(f"Decoding within {DECODE_WITHIN:.0%}: {within['decode']}")
+        console.print()
     console.print("Assumed:")
     for text in (*device.assumptions, *_own_assumptions(planned)):
         console.print(f"  - {text}")
@@ -207,23 +209,28 @@ def _memory_rows(planned: Plan) -> list[tuple[str, int]]:
 
 
 def _speed_rows(planned: Plan, checked: Checked | None) -> list[tuple[str, ...]]:
+    from octavo.plan.plan import prompt_tokens
+
     speed, request = planned.speed, planned.request
-    decode = f"decode, {_sequences(request.concurrency)} at the end (bound by {speed.limit})"
-    prefill = f"prompt of {max(1, request.context - 1):,} tokens"
-    rows: list[tuple[str, ...]] = [
-        ("one step of all sequences", f"{1000 * speed.decode_step:.2f} ms"),
-        (decode, f"{speed.decode:,.0f} tokens/s"),
-        (prefill, f"{speed.prefill:,.0f} tokens/s"),
-    ]
-    if checked is None:
-        return rows
-    step = request.concurrency / checked.decode
-    measured = (
-        f"{1000 * step:.2f} ms ({step / speed.decode_step - 1:+.0%})",
-        f"{checked.decode:,.0f} tokens/s ({checked.decode / speed.decode - 1:+.0%})",
-        f"{checked.prefill:,.0f} tokens/s ({checked.prefill / speed.prefill - 1:+.0%})",
-    )
-    return [(*row, text) for row, text in zip(rows, measured, strict=True)]
+    tokens = prompt_tokens(request, embeds=planned.embeds)
+    prefill = [f"{'text' if planned.embeds else 'prompt'} of {tokens:,} tokens"]
+    prefill += _speed(speed.prefill, None if checked is None else checked.prefill)
+    if planned.embeds:
+        return [tuple(prefill)]
+    step = ["one step of all sequences", f"{1000 * speed.decode_step:.2f} ms"]
+    decode = [f"decode, {_sequences(request.concurrency)} at the end (bound by {speed.limit})"]
+    decode += _speed(speed.decode, None if checked is None else checked.decode)
+    if checked is not None and checked.decode is not None:
+        seconds = request.concurrency / checked.decode
+        step.append(f"{1000 * seconds:.2f} ms ({seconds / speed.decode_step - 1:+.0%})")
+    return [tuple(step), tuple(decode), tuple(prefill)]
+
+
+def _speed(predicted: float, measured: float | None) -> list[str]:
+    cells = [f"{predicted:,.0f} tokens/s"]
+    if measured is not None:
+        cells.append(f"{measured:,.0f} tokens/s ({measured / predicted - 1:+.0%})")
+    return cells
 
 
 def _sequences(count: int) -> str:

@@ -33,7 +33,7 @@ from octavo.weights.adapter import read_adapter
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.hub import DEFAULT_MODEL, resolve_model
 from octavo.weights.model_files import ModelFiles, read_model
-from octavo.weights.tensor import Tensor
+from octavo.weights.pooling import lacks_head, without_head
 
 AGAINST = ("reference", "hf")
 DTYPES = ("f32", "bf16")
@@ -97,6 +97,8 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
     """
     path = resolve_model(request.model, environment)
     files = read_model(path)
+    headless = request.load_format != "dummy" and lacks_head(files)
+    files = _with_head(files) if headless else files
     token_ids, tokenizer = _tokens(request, files)
     _check_length(files.spec, len(token_ids), request.options.steps)
     max_tokens = len(token_ids) + max(request.options.steps, 1)
@@ -141,7 +143,13 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
         grouped_activations=left.grouped_activations,
         adapter=adapter,
     )
-    right = _load_right(request, files, checkpoint, definition, num_tokens, progress)
+    if headless:
+        left.description += ", the embedding as head"
+    # What transformers cannot load as octavo does: what is made up, or decoded from GGUF.
+    given = headless or request.load_format == "dummy" or isinstance(files.folder, MemoryFolder)
+    weights = checkpoint if given else None
+    right = _load_right(request, files, weights, definition, num_tokens, progress)
+    del weights
     del checkpoint  # quantized weights take memory, and all of them are loaded by now
     truth = _truth(request, definition, adapter)
     comparison = Comparison(left, right, definition, token_ids, options, truth, progress)
@@ -153,6 +161,15 @@ def compare(request: DiffRequest, environment: Environment, progress: StageProgr
     title = path.resolve().name if path == expand_home(name) else name
     texts = _token_texts(token_ids, tokenizer)
     return comparison.run(title, texts, decode, judged=request.judge)
+
+
+def _with_head(files: ModelFiles) -> ModelFiles:
+    """An embedding model without a head, whose embedding is taken for one.
+
+    So its hidden states are compared up to the final norm, and a product with them besides.
+    """
+    config = {**files.config, "tie_word_embeddings": True}
+    return replace(without_head(files), config=config)
 
 
 def _tokens(request: DiffRequest, files: ModelFiles) -> tuple[Int32, Tokenizer | None]:
@@ -231,23 +248,21 @@ def _float32_weights(
 def _load_right(
     request: DiffRequest,
     files: ModelFiles,
-    checkpoint: Checkpoint,
+    weights: Checkpoint | None,
     definition: ReferenceModel,
     max_tokens: int,
     progress: StageProgress,
 ) -> Implementation:
+    """weights: what transformers is given in place of what it loads."""
     if request.against == "reference":
         return ReferenceImplementation(definition)
     _, transformers = import_hugging_face()
     transformers.utils.logging.disable_progress_bar()  # ours is running
     progress("loading Hugging Face", 0, 1)
-    # What transformers cannot load as octavo does: weights that are made up, or decoded from GGUF.
-    own = request.load_format == "dummy" or isinstance(files.folder, MemoryFolder)
-    given: Mapping[str, Tensor] | None = checkpoint if own else None
     return HuggingFaceImplementation(
         files,
         request.dtype,
-        weights=given,
+        weights=weights,
         adapter=request.adapter,
         sequence_length=max_tokens,
     )

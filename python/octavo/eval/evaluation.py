@@ -34,6 +34,7 @@ from octavo.weights.adapter import read_adapter
 from octavo.weights.checkpoint import Checkpoint, open_checkpoint
 from octavo.weights.hub import resolve_model
 from octavo.weights.model_files import ModelFiles, read_model
+from octavo.weights.pooling import for_runner, refuse_embeddings
 
 DEFAULT_WINDOW = 512
 
@@ -120,7 +121,7 @@ class _Models:
     def __init__(
         self, request: EvalRequest, environment: Environment, progress: StageProgress
     ) -> None:
-        self.files = read_model(resolve_model(request.model, environment))
+        self.files = _read_texts(request.model, request.config, environment)
         self.reference_files: ModelFiles | None = None
         checkpoint = open_checkpoint(self.files, request.config.load_format, request.config.seed)
         limit = self.files.spec.max_position_embeddings
@@ -173,7 +174,7 @@ class _Models:
         if against == "same":
             self.reference_files = self.files
             return checkpoint
-        self.reference_files = read_model(resolve_model(against, environment))
+        self.reference_files = _read_texts(against, request.config, environment)
         ours, theirs = self.files.spec.vocab_size, self.reference_files.spec.vocab_size
         if ours != theirs:
             raise InvalidArgumentError(
@@ -182,6 +183,18 @@ class _Models:
             )
         config = request.config
         return open_checkpoint(self.reference_files, config.load_format, config.seed)
+
+
+def _read_texts(model: str | None, config: EngineConfig, environment: Environment) -> ModelFiles:
+    """A model that makes texts; InvalidArgumentError for one of embeddings."""
+    files = read_model(resolve_model(model, environment))
+    instead = (
+        "it predicts no tokens, and has no perplexity. `octavo diff` compares its hidden states "
+        "with another implementation's, and the vectors of `octavo embed` with and without "
+        "--quantize show what a number format costs"
+    )
+    refuse_embeddings(files, config.runner, instead)
+    return for_runner(files, config.runner, has_weights=config.load_format != "dummy")[0]
 
 
 def is_plain_f32(config: EngineConfig, checkpoint: Checkpoint) -> bool:

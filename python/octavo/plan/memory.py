@@ -146,14 +146,20 @@ def memory_of(
     reserved: int,
     *,
     is_gpu: bool,
+    embeds: bool = False,
 ) -> Memory:
-    """What `sequences` of options.max_model_len tokens need; spec: the model, or a rank's part."""
+    """What `sequences` of options.max_model_len tokens need; spec: the model, or a rank's part.
+
+    embeds: an embedding model, whose steps keep the hidden states of all their tokens, float32.
+    """
+    tokens = min(options.max_num_batched_tokens, sequences * options.max_model_len)
+    states = _NUM_STEPS * tokens * 4 * spec.hidden_size if embeds else 0
     size = block_bytes(spec, options, is_gpu=is_gpu)
     blocks = kv_blocks(spec, options, options.max_model_len)
     return Memory(
         weight_bytes(spec, options.formats, options.dtype),
         sequences * blocks * size,
-        activation_bytes(spec, options, is_gpu=is_gpu),
+        activation_bytes(spec, options, is_gpu=is_gpu) + states,
         workspace_bytes(options) if is_gpu else 0,
         graph_bytes(spec, options) if is_gpu and options.graphs else 0,
         reserved,

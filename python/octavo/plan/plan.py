@@ -18,6 +18,7 @@ from octavo.plan.speed import Speed, predict
 from octavo.quantization.plan import resolved_formats
 from octavo.runtime.loader import resolve_options
 from octavo.weights.model_files import ModelFiles
+from octavo.weights.pooling import for_runner
 from octavo.weights.tensor import TensorDType
 
 # Of a device's memory: the rest is left for fragments, and for what others take.
@@ -49,18 +50,27 @@ class Request:
 
 @dataclass(frozen=True)
 class ModelToPlan:
-    """A model as the plan sees it. stored: formats of matrices that its files hold quantized."""
+    """A model as the plan sees it.
+
+    stored: formats of matrices that its files hold quantized. embeds: it gives embeddings, and has
+    no head.
+    """
 
     spec: ModelSpec
     dtype: TensorDType
     stored: dict[str, WeightFormat]
+    embeds: bool = False
 
     @classmethod
-    def of(cls, files: ModelFiles) -> ModelToPlan:
-        """A model by its config.json; weights in a format that it does not name are bf16."""
+    def of(cls, files: ModelFiles, runner: str = "auto") -> ModelToPlan:
+        """A model by its config.json; weights in a format that it does not name are bf16.
+
+        runner: as of `find_pooling`.
+        """
+        files, pooling = for_runner(files, runner, has_weights=False)
         named = str(files.config.get("dtype") or files.config.get("torch_dtype"))
         stored = {name: matrix.format for name, matrix in files.quantized.items()}
-        return cls(files.spec, _STORED.get(named, "bf16"), stored)
+        return cls(files.spec, _STORED.get(named, "bf16"), stored, pooling is not None)
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Plan:
 
     spec, options, memory and usable are those of each rank; of a CPU's memory a rank has a share.
     remedies: where it does not fit, changes each of which makes it fit, the smallest first.
+    embeds: an embedding model; of its speed only the prompt's counts.
     """
 
     request: Request
@@ -80,6 +91,7 @@ class Plan:
     largest: int
     speed: Speed
     remedies: tuple[dict[str, Any], ...]
+    embeds: bool = False
 
     @property
     def fits(self) -> bool:
@@ -97,7 +109,7 @@ class Plan:
             "memory": {**asdict(self.memory), "total": self.memory.total, "usable": self.usable},
             "fits": self.fits,
             "largest_concurrency": self.largest,
-            "speed": asdict(self.speed),
+            "speed": {"prefill": self.speed.prefill} if self.embeds else asdict(self.speed),
             "remedies": list(self.remedies),
         }
 
@@ -125,7 +137,9 @@ class _Asked:
         spec, options = self.resolve()
         device, request = self.device, self.request
         return memory_of(
-            *(spec, options, request.concurrency, device.reserved), is_gpu=device.is_gpu
+            *(spec, options, request.concurrency, device.reserved),
+            is_gpu=device.is_gpu,
+            embeds=self.model.embeds,
         )
 
     def changed(self, **changes: Any) -> _Asked:
@@ -164,11 +178,17 @@ def make_plan(
     speed = predict(
         *(spec, options, device.of_rank(request.ranks), request.concurrency),
         depth=request.context - 1,
-        prompt=max(1, request.context - 1),
+        prompt=prompt_tokens(request, embeds=model.embeds),
+        embeds=model.embeds,
     )
-    plan = Plan(request, spec, options, device, memory, asked.usable, 0, speed, ())
+    plan = Plan(request, spec, options, device, memory, asked.usable, 0, speed, (), model.embeds)
     largest = asked.most("concurrency", max(0, asked.usable - memory.weights) // one + 2)
     return replace(plan, largest=largest, remedies=() if plan.fits else _remedies(asked))
+
+
+def prompt_tokens(request: Request, *, embeds: bool) -> int:
+    """Tokens of the longest prompt: one is left for an answer, where there is one."""
+    return request.context if embeds else max(1, request.context - 1)
 
 
 def resolve(

@@ -44,15 +44,18 @@ def predict(
     sequences: int,
     depth: int,
     prompt: int,
+    embeds: bool = False,
 ) -> Speed:
     """The speed of `sequences` that decode behind `depth` tokens each, and of a prompt.
 
-    spec, device: of a rank, where there are several: all compute at the same time.
+    spec, device: of a rank, where there are several: all compute at the same time. embeds: an
+    embedding model, whose prompts end before the head; nothing is decoded.
     """
     peak = Peak(device.bandwidth, device.operations)
     embed = options.formats.get("embed")
     item = BYTES[options.dtype if embed is None else embed.dtype]
-    step_bytes = streamed_bytes(spec, weight_bytes(spec, options.formats, options.dtype), item)
+    num_bytes = weight_bytes(spec, options.formats, options.dtype)
+    step_bytes = streamed_bytes(spec, num_bytes, item, embeds=embeds)
     experts = expert_bytes(spec, options.formats, options.dtype)
     chunk = options.max_num_batched_tokens
 
@@ -74,5 +77,5 @@ def predict(
     step, limit = least(Case("decode", 1, sequences, depth))
     step += overhead
     num_chunks = -(-prompt // options.max_num_batched_tokens)
-    seconds = least(Case("prefill", prompt))[0] + num_chunks * overhead
+    seconds = least(Case("embed" if embeds else "prefill", prompt))[0] + num_chunks * overhead
     return Speed(step, sequences / step, prompt / seconds, limit)

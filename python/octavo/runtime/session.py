@@ -90,14 +90,27 @@ class Session:
         output = self.loaded.runtime.wait(ticket)
         return Step(output.token_ids, logits, output.taps)
 
+    def states(self, new: Mapping[int, Tokens]) -> Float32:
+        """Add tokens to sequences in one step, which ends before the head.
+
+        Returns the hidden states behind the final norm, float32 (tokens of the step, hidden_size).
+        """
+        states: Float32 = self.loaded.runtime.wait(self.submit(new, (), states="tokens")).states
+        return states
+
     def submit(
-        self, new: Mapping[int, Tokens], rows: Tokens | None = None, taps: Sequence[str] = ()
+        self,
+        new: Mapping[int, Tokens],
+        rows: Tokens | None = None,
+        taps: Sequence[str] = (),
+        states: str | None = None,
     ) -> int:
         """Queue a step that adds tokens to sequences; returns the ticket for `runtime.wait`.
 
         new: sequence -> its new tokens; -1 - s stands for what sequence s sampled last. rows: the
         indices, ascending, of those tokens whose logits are wanted; None: each sequence's last;
-        (): none, and the step ends before the head. taps: names, or "*" for all.
+        (): none, and the step ends before the head. taps: names, or "*" for all. states: as of
+        `Runtime.submit`.
         Raises ValueError where a sequence outgrows its blocks, and the errors of the runtime.
         """
         sequences = list(new)
@@ -123,7 +136,7 @@ class Session:
             adapter_ids=self._adapter_ids(sequences),
             rope_sets=np.ones(len(new), np.int32) if self.loaded.options.rope_switch else None,
         )
-        return self.loaded.runtime.submit(batch, list(taps) or None, sample=True)
+        return self.loaded.runtime.submit(batch, list(taps) or None, sample=True, states=states)
 
     def _adapter_ids(self, sequences: Sequence[int]) -> Int32 | None:
         if not self._num_adapters:

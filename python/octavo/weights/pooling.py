@@ -109,6 +109,22 @@ def without_head(files: ModelFiles) -> ModelFiles:
     return replace(files, spec=replace(files.spec, tie_word_embeddings=True))
 
 
+def for_runner(
+    files: ModelFiles, runner: str, *, has_weights: bool = True
+) -> tuple[ModelFiles, Pooling | None]:
+    """A model as it is run, and how its vectors are made; None for one that makes texts.
+
+    has_weights: a model of texts without a head is an UnsupportedModelError. Otherwise as
+    `find_pooling`.
+    """
+    pooling = find_pooling(files, runner)
+    if pooling is not None:
+        return without_head(files), pooling
+    if has_weights:
+        refuse_headless(files)
+    return files, None
+
+
 def open_headless(files: ModelFiles) -> Checkpoint:
     """As `open_checkpoint`, also of an embedding model whose weights hold no head."""
     return open_checkpoint(without_head(files) if lacks_head(files) else files)
@@ -156,13 +172,18 @@ def pooling_notes(files: ModelFiles, tokenizer: Tokenizer | None) -> tuple[str, 
     return tuple(notes)
 
 
-def refuse_embeddings(files: ModelFiles, runner: str) -> None:
-    """InvalidArgumentError for an embedding model in a command that makes texts."""
+_VECTORS = "`octavo embed` has its vectors, `octavo serve` at /v1/embeddings"
+
+
+def refuse_embeddings(files: ModelFiles, runner: str, instead: str = _VECTORS) -> None:
+    """InvalidArgumentError for an embedding model in a command that makes texts, or scores them.
+
+    instead: what to do.
+    """
     if find_pooling(files, runner) is not None:
         raise InvalidArgumentError(
-            f"{files.path.name} gives embeddings and makes no texts: `octavo embed` has its "
-            "vectors, `octavo serve` at /v1/embeddings. --runner generate takes it as a model of "
-            "texts"
+            f"{files.path.name} gives embeddings and makes no texts: {instead}. --runner generate "
+            "takes it as a model of texts"
         )
 
 
