@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -214,7 +215,7 @@ def _usage_message(error: Exception) -> str | None:
     format_message: Callable[[], Any] | None = getattr(error, "format_message", None)
     if format_message is None:
         return None
-    message = str(format_message()).strip().replace("\n", " ")
+    message = _wrong_value(error) or str(format_message()).strip().replace("\n", " ")
     context: Any = getattr(error, "ctx", None)
     path = getattr(context, "command_path", None)
     if message.startswith("Got unexpected extra argument") and any(
@@ -222,3 +223,16 @@ def _usage_message(error: Exception) -> str | None:
     ):
         message += "; name the model with -m MODEL, and put a text with spaces in quotes"
     return f"{message} (see `{path} --help`)" if path else message
+
+
+def _wrong_value(error: Exception) -> str | None:
+    """The message about a value that typer could not convert: its own does not name the value.
+
+    typer converts with pydantic, whose error stands behind its own; None for all other errors.
+    """
+    found: Callable[[], Any] | None = getattr(error.__cause__, "errors", None)
+    names = getattr(getattr(error, "param", None), "opts", ())
+    expected = found and re.search(r"should be ([^,]+)", found()[0]["msg"])
+    if found is None or not names or not expected:
+        return None
+    return f"{max(names, key=len)} is {found()[0]['input']!r}; expected {expected[1]}"
