@@ -12,7 +12,7 @@ import time
 import pytest
 from text_helpers import tiny_model
 
-from octavo.cli import main
+from octavo.cli import main, streams
 from octavo.cli.app import VERBS
 from octavo.config import EngineConfig
 from octavo.sampling_params import SamplingParams
@@ -67,6 +67,37 @@ def test_ctrl_c_before_the_command_is_imported(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "octavo.cli.app")
     assert main(["--help"]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_that_comes_as_another_error(monkeypatch, capsys):
+    """As Python 3.11 wraps what interrupts the making of a class, in the middle of an import."""
+
+    def stopped(_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Error calling __set_name__") from error
+
+    monkeypatch.setattr("octavo.cli.app.build_app", stopped)
+    assert main(["--help"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_where_python_drops_it_comes_again(monkeypatch):
+    class Dropping:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    others = []
+    monkeypatch.setattr(sys, "unraisablehook", others.append)
+    streams.keep_interrupts()
+    dropping = Dropping()
+    with pytest.raises(KeyboardInterrupt):
+        del dropping
+        time.sleep(10)
+    monkeypatch.setattr(Dropping, "__del__", lambda _: 1 / 0)
+    Dropping()
+    assert [each.exc_type for each in others] == [ZeroDivisionError]
 
 
 def test_version(capsys):

@@ -81,6 +81,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; every expected failure becomes one message on stderr and an exit code."""
     if arguments is None:
         streams.make_usable()
+        streams.keep_interrupts()
         arguments = sys.argv[1:]
     code = _run(list(arguments))
     lost = streams.output_error()
@@ -122,6 +123,8 @@ def _run(arguments: list[str]) -> int:
             print_error(f"{file}{error.strerror or error}")
         return MISTAKE
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11 wraps it within imports
+            return INTERRUPTED
         message = _usage_message(error)
         if message is None:
             raise  # a defect of octavo: a bug report needs the traceback

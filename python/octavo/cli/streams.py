@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -75,6 +77,24 @@ def forget_output() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
+
+
+def keep_interrupts() -> None:
+    """Let Ctrl-C end the work also where Python drops its exception, as in a `__del__`.
+
+    The signal comes once more, a little later: at once, the same place would drop it again.
+    """
+    before = sys.unraisablehook
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        main = threading.main_thread().ident
+        if main is not None:
+            threading.Timer(0.02, signal.pthread_kill, (main, signal.SIGINT)).start()
+
+    sys.unraisablehook = again
 
 
 @contextlib.contextmanager
