@@ -143,13 +143,15 @@ def round_to_int8(weight: Float32, group_size: int = 0) -> tuple[npt.NDArray[np.
     """Round to nearest: 127 steps of the largest magnitude, the scale in bfloat16.
 
     Of each output, or of each group of inputs, if there is a group size; it divides the inputs.
+    One that holds a NaN or an infinity has a NaN for its scale, and zeros for its codes.
     weight: (outputs, inputs). Returns codes, int8 (outputs, inputs), and scales (outputs, groups).
     """
     groups = weight.reshape(len(weight), -1, group_size or weight.shape[1])
     largest = np.max(np.abs(groups), axis=2, keepdims=True)
     scales = round_to_bf16((largest / np.float32(127)).astype(np.float32))
-    scales = np.where(scales > 0, scales, 1).astype(np.float32)
-    codes = np.clip(np.rint(groups / scales), -127, 127).astype(np.int8)
+    scales = np.where(np.isfinite(largest), np.where(scales > 0, scales, 1), np.nan)
+    scales = scales.astype(np.float32)
+    codes = np.nan_to_num(np.clip(np.rint(groups / scales), -127, 127)).astype(np.int8)
     return codes.reshape(weight.shape), scales[:, :, 0]
 
 

@@ -33,6 +33,7 @@ from octavo.sampling_params import SamplingParams
 from octavo.search.contrastive import ContrastiveParams
 from octavo.weights.checkpoint import NonFiniteWeightsWarning, open_checkpoint
 from octavo.weights.model_files import read_model
+from octavo.weights.safetensors import SafetensorsFile
 
 PROMPT = [3, 30, 7, 7, 21, 66, 1]
 ENVIRONMENT = Environment(home=Path("/nowhere"), num_threads=1, isa="auto")
@@ -206,12 +207,38 @@ def test_dummy_weights_are_quantized_too(tmp_path: Path) -> None:
         assert len(llm.generate([1, 2], params, progress=False)[0].outputs[0].token_ids) == 3
 
 
-def test_nan_weights_are_warned_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize(
+    ("name", "own_name", "row", "column"),
+    [
+        ("model.layers.1.mlp.up_proj", "layers.1.up", 3, slice(None)),
+        ("model.layers.0.self_attn.o_proj", "layers.0.o", 7, slice(None)),
+        ("lm_head", "lm_head", 12, 12),  # the logit of one token
+    ],
+)
+def test_no_rounding_hides_a_nan(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantize: Any,
+    name: str,
+    own_name: str,
+    row: int,
+    column: Any,
+) -> None:
+    """Rows without one have the bits that they have in a model without one."""
     weights = random_weights(CONFIG)
-    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
     write_model(tmp_path, CONFIG, weights=weights)
-    with pytest.warns(NonFiniteWeightsWarning, match=r"layers\.1\.up"):
-        logits_of(tmp_path, quantize="int4")
+    # Five rows at once: the others are rounded by the native core.
+    monkeypatch.setattr(SafetensorsFile, "rows_at_once", lambda self, name: 5)
+    want = logits_of(tmp_path, quantize=quantize)
+    for value in (np.nan, np.inf):
+        weights[f"{name}.weight"][row, 5] = value
+        write_model(tmp_path, CONFIG, weights=weights)
+        with pytest.warns(NonFiniteWeightsWarning, match=rf"^1 of .*\({own_name}\."):
+            got = logits_of(tmp_path, quantize=quantize)
+        assert not np.isfinite(got[..., column]).any()
+        got[..., column] = want[..., column]
+        assert np.array_equal(got, want)
 
 
 def test_memory_is_judged_by_the_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,10 @@ def test_nan_and_infinity_stay_visible(format: WeightFormat) -> None:
     got = quantize_matrix(weight, format)
     bad = np.isnan(got.scales)
     assert bad.sum() == 2 and bad[5].any() and bad[9].any()
+    if format.dtype == "int8":
+        codes, scales = definition.round_to_int8(weight)
+        assert np.array_equal(got.codes, codes)
+        assert np.array_equal(got.scales, scales, equal_nan=True)
 
 
 @pytest.mark.parametrize("scale", [1e-38, 3e-30, 1e30])

@@ -16,6 +16,7 @@ from octavo.models.family import WeightSource
 from octavo.models.fields import printable
 from octavo.models.layer import weight_shapes
 from octavo.models.spec import WeightFormat
+from octavo.reference.quantization import round_to_int8
 from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_codes import GgufCodes, stored_kinds
 from octavo.weights.gguf_folder import GgufFolder
@@ -132,16 +133,26 @@ class Checkpoint(Mapping[str, Tensor]):
     def checked_runs(self) -> Iterator[tuple[str, int, Tensor]]:
         """All weights in order, for a loader, each in runs of rows: its name, first row, numbers.
 
+        Of numbers that the native core would round to int8 a run with a NaN is rounded here, with
+        a NaN for its row's scale: no code stands for one.
         Warns of weights that hold a NaN or an infinity: one warning (NonFiniteWeightsWarning) names
         all of them, after the last weight.
         """
         damaged: dict[str, None] = {}
         for name in self:
             row = 0
+            base = name.removesuffix(".weight")
+            is_int8 = base in self.formats and self.formats[base].dtype == "int8"
             for tensor in self.runs(name):
-                if has_non_finite(tensor):
+                is_damaged = has_non_finite(tensor)
+                if is_damaged:
                     damaged[self.places[name].tensor] = None
-                yield name, row, tensor
+                if is_damaged and is_int8:
+                    codes, scales = round_to_int8(tensor.to_float32())
+                    yield name, row, Tensor(codes, "int8")
+                    yield f"{base}.scale", row, Tensor(scales, "f32")
+                else:
+                    yield name, row, tensor
                 row += len(tensor.data)
         if damaged:
             shown = ", ".join(list(damaged)[:8]) + (", ..." if len(damaged) > 8 else "")
