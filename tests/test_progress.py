@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from octavo import progress
 from octavo.progress import Bar, Progress, Unit, folder_size, request_bar, watch_folder
 
 
@@ -41,6 +42,16 @@ def test_a_terminal_shows_how_much_is_done(screen: io.StringIO, unit: Unit, show
         bar.update("[x] work", 3 * size, 12 * size, "7 tokens/s")
     (line,) = last_frame(screen)
     assert line.startswith("[x] work") and shown in line and line.endswith("7 tokens/s")
+
+
+@pytest.mark.parametrize("unit", ["count", "percent", "bytes"])
+def test_a_narrow_terminal_shows_it_without_a_bar(unit, screen, monkeypatch) -> None:
+    monkeypatch.setattr(progress, "_NARROW", 101)
+    with Bar(unit, keep=True) as bar:
+        bar.update("loading smollm2-135m", 161_100_000, 269_000_000)
+    (line,) = last_frame(screen)
+    shown = {"count": "161100000/269000000", "percent": " 60 %", "bytes": "161.1/269.0 MB"}
+    assert line == f"loading smollm2-135m {shown[unit]}"
 
 
 def test_a_stage_takes_the_place_of_the_one_before_unless_it_is_kept(screen: io.StringIO) -> None:

@@ -39,6 +39,7 @@ class Progress:
 
 
 NO_PROGRESS = Progress()
+_NARROW = 60  # columns of a terminal, below which there is no bar, only how much is done
 
 
 def stderr_console() -> Console:
@@ -218,11 +219,14 @@ def _rich_bar(console: Console, unit: Unit, keep: bool, redirect: bool) -> RichP
         "percent": (TextColumn("{task.percentage:3.0f} %"),),
         "bytes": (DownloadColumn(), TransferSpeedColumn()),
     }
+    figures = amounts[unit]
+    if console.width < _NARROW:  # else every column would be cut
+        figures = figures[:1]
+    else:
+        figures = (BarColumn(28), *figures, TimeRemainingColumn(elapsed_when_finished=True))
     return RichProgress(
         TextColumn("{task.description:<12}", markup=False),
-        BarColumn(28),
-        *amounts[unit],
-        TimeRemainingColumn(elapsed_when_finished=True),
+        *figures,
         TextColumn("{task.fields[facts]}", markup=False),
         console=console,
         transient=not keep,

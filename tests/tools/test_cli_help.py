@@ -86,6 +86,15 @@ def test_help_all_shows_every_option(words, capsys, monkeypatch):
     assert "--help-all" in short
 
 
+@pytest.mark.parametrize("width", [40, 55])
+def test_help_on_a_narrow_terminal_cuts_no_word(width, capsys, monkeypatch):
+    wide = set(" ".join(shown(capsys, "embed", "--help")).split())
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = shown(capsys, "embed", "--help")
+    assert max(map(len, lines)) <= width
+    assert set(" ".join(lines).split()) == wide
+
+
 def test_help_all_shows_paragraphs_without_the_line_breaks_of_the_source(capsys):
     lines = [line.strip() for line in shown(capsys, "slurm", "render", "--help-all")]
     paragraph = lines[lines.index("Write a job for a cluster.") + 2 :]

@@ -21,6 +21,7 @@ CSV_COLUMNS = (
     *("bytes_per_second", "flops", "percent_of_limit", "limit", "logits_hash", "gate", "date"),
 )
 _LEFT = {"test", "limit", "logits", "states", "gate"}
+_LESS = ("logits", "states", "TFLOP/s", "GB/s")  # what narrow terminals do without
 
 
 def headings(result: BenchResult) -> tuple[str, ...]:
@@ -109,16 +110,13 @@ def to_csv(result: BenchResult) -> str:
 
 def print_table(result: BenchResult) -> None:
     """On standard output."""
-    from rich.table import Table
+    from octavo.tables import Figures
 
     console = stdout_console()
     for line in header(result):
         console.print(line)
-    table = Table()
-    for heading in headings(result):
-        table.add_column(heading, justify="left" if heading in _LEFT else "right", no_wrap=True)
-    for row in result.rows:
-        table.add_row(*cells(row), style=None if row.gate.passed else "red")
+    styles = [None if row.gate.passed else "red" for row in result.rows]
+    table = Figures(headings(result), [*map(cells, result.rows)], _LEFT, _LESS, styles=styles)
     console.print(table)
 
 

@@ -145,9 +145,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _print(result: SpecResult, output: str) -> None:
-    from rich.table import Table
-
     from octavo.progress import stdout_console
+    from octavo.tables import Figures
 
     if output == "json":
         print(json.dumps(result.to_json(), indent=2))
@@ -158,10 +157,8 @@ def _print(result: SpecResult, output: str) -> None:
         for row in result.rows:
             print("| " + " | ".join(_cells(row)) + " |")
         return
-    table = Table()
-    for heading in _HEADINGS:
-        left = heading in ("task", "answers")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    for row in result.rows:
-        table.add_row(*_cells(row), style=None if row.equal else "red")
-    stdout_console().print(table)
+    styles = [None if row.equal else "red" for row in result.rows]
+    rows = [*map(_cells, result.rows)]
+    stdout_console().print(
+        Figures(_HEADINGS, rows, ("task", "answers"), ("tokens/step", "foretold"), styles=styles)
+    )

@@ -20,13 +20,14 @@ from typer.models import ArgumentInfo
 from octavo.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 Command = Callable[..., Any]
 
 SCREEN = (80, 24)  # columns and lines into which `--help` fits; the tests hold it
 _MOST_EXAMPLES = 3
 _WIDEST_METAVAR = 14  # columns
+_NARROWEST = 24  # columns for what a name means, and the blanks before
 
 
 class ScreenCommand(TyperCommand):
@@ -232,9 +233,16 @@ def _plain(text: str) -> str:
     return " ".join(re.sub(r"\[/?bold\]", "", text).split())
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> Table:
+def _table(rows: Sequence[tuple[str, str]]) -> RenderableType:
+    """Names and what they mean side by side, or where that is too narrow, one below the other."""
+    from rich.console import Console, Group
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
+    if Console().width < max(len(name) for name, _ in rows) + _NARROWEST:
+        pairs = ((Text(name, "cyan"), Padding(Text(text), (0, 0, 0, 8))) for name, text in rows)
+        return Group(*(part for pair in pairs for part in pair))
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
@@ -243,7 +251,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _rendered(*lines: str | Table) -> str:
+def _rendered(*lines: RenderableType) -> str:
     """Text for the terminal, in colour where it has any."""
     from rich.console import Console
 

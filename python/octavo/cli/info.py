@@ -249,29 +249,28 @@ def _rope_text(rope: dict[str, Any] | None) -> str:
 
 
 def _fit_table(memory: dict[str, Any]) -> Any:
-    from rich.table import Table
+    from octavo.tables import Figures
 
     available, total = memory["available_bytes"], memory["total_bytes"]
     share = f"{memory['kv_memory_fraction']:.0%}"
-    table = Table(
-        title=f"In this machine's memory: {format_bytes(available)} available of "
-        f"{format_bytes(total)}",
-        caption=f"KV cache: {share} {_KV_FRACTION_HELP}",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("dtype")
-    for heading in ("weights", "fits", "KV cache, tokens", "sequences of full length"):
-        table.add_column(heading, justify="right")
-    for dtype, fit in memory["as"].items():
-        table.add_row(
+    rows = [
+        (
             dtype,
             format_bytes(fit["weight_bytes"]),
             "yes" if fit["fits"] else "no",
             f"{fit['kv_tokens']:,}",
             f"{fit['full_length_sequences']:,}",
         )
-    return table
+        for dtype, fit in memory["as"].items()
+    ]
+    return Figures(
+        ("dtype", "weights", "fits", "KV cache, tokens", "sequences of full length"),
+        rows,
+        left=("dtype",),
+        title=f"In this machine's memory: {format_bytes(available)} available of "
+        f"{format_bytes(total)}",
+        caption=f"KV cache: {share} {_KV_FRACTION_HELP}",
+    )
 
 
 def _short(count: float) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from octavo.eval.evaluation import EvalResult, ModelRun
+from octavo.eval.measures import Divergence
 from octavo.progress import stdout_console
+from octavo.tables import Figures
 
 
 def render(result: EvalResult) -> RenderableType:
@@ -17,17 +18,11 @@ def render(result: EvalResult) -> RenderableType:
         f"{result.text}: {result.num_scored:,} of {result.num_tokens:,} tokens scored, "
         f"{result.num_windows} windows of {result.window}, stride {result.stride}"
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("model", overflow="fold")
-    table.add_column("numbers")
-    for heading in ("weights", "nats a token", "perplexity"):
-        table.add_column(heading, justify="right")
-    for run in (result.model, result.against):
-        if run is not None:
-            table.add_row(*_row(run))
-    parts: list[RenderableType] = [table]
+    rows = [_row(run) for run in (result.model, result.against) if run is not None]
+    headings = ("model", "numbers", "weights", "nats a token", "perplexity")
+    parts: list[RenderableType] = [Figures(headings, rows, ("model", "numbers"), title=title)]
     if result.divergence is not None:
-        parts.append(_divergence_table(result))
+        parts.append(_divergence_table(result.divergence))
     parts.append(f"{result.seconds:.1f} s")
     return Group(*parts)
 
@@ -45,20 +40,15 @@ def _row(run: ModelRun) -> tuple[str, ...]:
     )
 
 
-def _divergence_table(result: EvalResult) -> Table:
-    found = result.divergence
-    table = Table(title="The first against the second", title_justify="left")
+def _divergence_table(found: Divergence) -> Figures:
     headings = ("mean KL", "median", "99 %", "max", "same first choice", "perplexity ratio")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    if found is not None:
-        kls = (found.mean_kl, found.median_kl, found.p99_kl, found.max_kl)
-        table.add_row(
-            *(f"{value:.3g}" for value in kls),
-            f"{found.top_agreement:.2%}",
-            f"{found.perplexity_ratio:.5f} ({found.perplexity_ratio - 1:+.3%})",
-        )
-    return table
+    kls = (found.mean_kl, found.median_kl, found.p99_kl, found.max_kl)
+    row = (
+        *(f"{value:.3g}" for value in kls),
+        f"{found.top_agreement:.2%}",
+        f"{found.perplexity_ratio:.5f} ({found.perplexity_ratio - 1:+.3%})",
+    )
+    return Figures(headings, [row], title="The first against the second")
 
 
 def print_report(result: EvalResult) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.table import Table
 
 from octavo.config import EngineConfig, Environment
 from octavo.errors import InvalidArgumentError
@@ -28,6 +27,7 @@ from octavo.models.spec import ModelSpec, WeightFormat
 from octavo.progress import StageProgress, stdout_console
 from octavo.quantization.plan import GROUP_SIZES, Scheme, plan_formats, stored_bits
 from octavo.quantization.rounding import quantize_matrix
+from octavo.tables import Figures
 from octavo.weights.checkpoint import Checkpoint
 from octavo.weights.model_files import ModelFiles
 
@@ -214,20 +214,18 @@ def print_sensitivity(sensitivity: Sensitivity, chosen: Collection[str] = ()) ->
         f"Each part alone in 4 bits, by what int8 would save: mean KL over "
         f"{sensitivity.num_scored:,} tokens"
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("part")
-    for heading in ("weights", "bits", "KL", "KL saved a Mbit", "takes"):
-        table.add_column(heading, justify="right")
-    for part in sensitivity.parts:
-        eight = part.bits >= 8 or set(part.matrices) <= set(chosen)
-        table.add_row(
+    rows = [
+        (
             part.name,
             f"{part.weights:,}",
             f"{part.bits:.2f}",
             f"{part.kl:.5f}",
             f"{part.kl_per_megabit:.5f}",
-            "int8" if eight else "4 bits",
+            "int8" if part.bits >= 8 or set(part.matrices) <= set(chosen) else "4 bits",
         )
+        for part in sensitivity.parts
+    ]
+    headings = ("part", "weights", "bits", "KL", "KL saved a Mbit", "takes")
     console = stdout_console()
-    console.print(table)
+    console.print(Figures(headings, rows, ("part",), ("weights", "KL"), title))
     console.print(f"{sensitivity.bits:.3f} bits a weight, without int8 for any of them")
