@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,6 +60,7 @@ def ray_serve(folder: Path, arguments: dict[str, Any]) -> Iterator[httpx.Client]
     file.write_text(yaml.dump({"http_options": {"port": port}, "applications": [application]}))
     program = str(Path(sys.executable).with_name("serve"))
     variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", _MARK: str(folder)}
+    variables["RAY_metrics_report_interval_ms"] = "1000"
     with log_path.open("w") as log:
         process = subprocess.Popen(
             [program, "run", str(file)], stdout=log, stderr=log, env={**os.environ, **variables}
@@ -81,6 +83,20 @@ def ray_serve(folder: Path, arguments: dict[str, Any]) -> Iterator[httpx.Client]
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
         process.kill()
+
+
+def metric_of_replicas(name: str) -> dict[str, float]:
+    """The values of one of octavo's metrics among Ray's own, by replica."""
+    found: dict[str, float] = {}
+    discovery = json.loads(Path("/tmp/ray/prom_metrics_service_discovery.json").read_text())
+    for target in discovery[0]["targets"]:
+        with contextlib.suppress(httpx.TransportError):
+            text = httpx.get(f"http://{target}/metrics").text
+            for labels, value in re.findall(rf"^ray_{name}\{{(.*)\}} (\S+)$", text, re.M):
+                if 'model_name="bird"' in labels:
+                    replica = re.findall(r'ReplicaId="(\w+)"', labels)[0]
+                    found[replica] = found.get(replica, 0) + float(value)
+    return found
 
 
 def ranks_of(folder: Path) -> set[int]:
@@ -126,6 +142,10 @@ def test_replicas_share_requests_and_one_that_fails_is_replaced(tmp_path: Path) 
         assert len(lines) > 4 and lines[-1] == "data: [DONE]"
         # Any of the two answers: each has computed something.
         assert min(client.get("/health").json()["steps"] for _ in range(40)) > 0
+        until(lambda: sum(metric_of_replicas("vllm_request_success_total").values()) == 49, 60)
+        answered = metric_of_replicas("vllm_request_success_total")
+        assert len(answered) == 2 and min(answered.values()) > 0
+        assert metric_of_replicas("vllm_e2e_request_latency_seconds_count") == answered
         before = ranks_of(tmp_path)
         assert len(before) == 2
 

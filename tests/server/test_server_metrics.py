@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from server_helpers import RawClient, error_of, fake_llm, run, runtime_of, serving, slow_down
 
 from octavo.engine.outputs import OutputChunk
@@ -158,5 +159,25 @@ def test_the_time_for_a_token_is_that_of_one_answer(llm: LLM, num_answers: int) 
             for_one = await metric(client, "request_time_per_output_token_seconds_sum")
             decoding = await metric(client, "request_decode_time_seconds_sum")
             assert for_one == pytest.approx(decoding / 10) and for_one >= 0.01
+
+    run(test)
+
+
+def test_samples_are_the_numbers_of_the_text(llm: LLM) -> None:
+    async def test() -> None:
+        async with serving(llm) as (client, service):
+            for prompt in ("ABC", "xyz"):
+                body = {"prompt": prompt, "max_tokens": 9, "ignore_eos": True}
+                assert (await client.post(COMPLETIONS, json=body)).status_code == 200
+            text = (await client.get("/metrics")).text
+            assert service.metrics is not None
+            found = list(service.metrics.samples())
+            families = text_string_to_metric_families(text)
+            samples = [sample for family in families for sample in family.samples]
+            want = [s[:3] for s in samples if not s.name.endswith("_created")]
+            assert len(found) == len(want) > 300
+            for name, labels, value in found:
+                assert (name, labels, value) in want
+            assert sum(value for name, _, value in found if "generation_tokens_total" in name) == 18
 
     run(test)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -136,6 +136,13 @@ class Metrics:
     def render(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self._registry)
+
+    def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Each number of that text, but for times of creation: its name, its labels, its value."""
+        for metric in self._registry.collect():
+            for sample in metric.samples:
+                if not sample.name.endswith("_created"):
+                    yield sample.name, sample.labels, sample.value
 
     def observe_step(self, stats: StepStats) -> None:
         """After every step."""

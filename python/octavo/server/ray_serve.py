@@ -7,6 +7,7 @@ more or fewer of them by the load, and starts one anew that has failed.
 """
 
 # (No annotations of the future: Ray reads the class of `replicas`' argument from them.)
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,10 +15,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ray import serve
+from ray.util.metrics import Gauge
 
 from octavo.config import EngineConfig
 from octavo.errors import EngineStepError, InvalidArgumentError
 from octavo.server.application import Application
+from octavo.server.metrics import Metrics
+
+_log = logging.getLogger("octavo.server")
 
 
 class Replicas(BaseModel):
@@ -73,6 +78,7 @@ def replicas(arguments: Replicas) -> serve.Application:
 def _replica(make: Callable[[], Application]) -> type:
     """A class of Ray Serve whose instances have an application each, made where they run."""
     made: list[Application] = []
+    gauges: dict[str, Gauge] = {}
 
     def build() -> Application:
         made.append(make())
@@ -81,9 +87,27 @@ def _replica(make: Callable[[], Application]) -> type:
     @serve.ingress(build)
     class Replica:
         def check_health(self) -> None:
-            """Ray starts a replica anew where this fails."""
+            """Ray starts a replica anew where this fails; it asks every few seconds."""
+            try:
+                _show_metrics(made[0].service.metrics, gauges)
+            except Exception:
+                _log.exception("the metrics could not be put among Ray's")
             health = made[0].service.engine.health()
             if not health.ok:
                 raise EngineStepError(health.reason)
 
     return Replica
+
+
+def _show_metrics(metrics: Metrics | None, gauges: dict[str, Gauge]) -> None:
+    """Put what /metrics says of this replica among Ray's metrics, as vLLM's are there.
+
+    metrics: None before the model is loaded. gauges: those made so far. All are gauges, since Ray's
+    counters take no values, but differences; what Prometheus computes of both is the same.
+    """
+    replica = serve.get_replica_context().replica_id.unique_id
+    for name, labels, value in () if metrics is None else metrics.samples():
+        tags = {**labels, "ReplicaId": replica}
+        if name not in gauges:
+            gauges[name] = Gauge(name.replace(":", "_"), tag_keys=tuple(tags))
+        gauges[name].set(value, tags)
