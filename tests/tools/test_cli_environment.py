@@ -87,6 +87,12 @@ def test_processes_with_closed_and_full_streams(place):
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("columns", ["0", "00", "x"])
+def test_a_width_that_is_none_hides_nothing(columns, place):
+    done = octavo(["info", "nosuch"], ">/dev/null", env={**os.environ, "COLUMNS": columns})
+    assert done.returncode == 2 and "error: 'nosuch' is neither" in done.stderr
+
+
 @pytest.mark.parametrize("verb", ["info", "generate"])
 def test_a_reader_that_has_gone_ends_it_quietly(verb, place):
     read, write = os.pipe()

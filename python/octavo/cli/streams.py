@@ -42,8 +42,10 @@ def make_usable() -> None:
 
     Python has None for a closed one, and the next file that is opened would take its number. After
     this a closed input reads as empty, and a closed output fails when written to, as a full disk
-    does. Characters that a stream cannot encode become "?".
+    does. Characters that a stream cannot encode become "?". A width of 0 is one that is not known.
     """
+    if not os.environ.get("COLUMNS", "1").strip("0"):
+        del os.environ["COLUMNS"]  # into no columns rich prints nothing, not even an error
     for number in range(3):
         try:
             os.fstat(number)
