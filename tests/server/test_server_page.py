@@ -20,7 +20,9 @@ from server_helpers import error_of, events_of, fake_llm, run, serving, slow_dow
 import octavo
 from octavo.engine.events import WAITING_REASONS
 from octavo.llm import LLM
+from octavo.server.embeddings import EmbeddingBody
 from octavo.server.pages import BLANK, FIRST_OWNER, SHARED
+from octavo.server.protocol import PromptBody
 
 STATIC = Path(octavo.__file__).parent / "server" / "static"
 
@@ -143,6 +145,10 @@ def test_the_documentation_has_examples_that_run_as_they_are_printed(
             paths = {command.split()[1].removeprefix("http://server") for command in commands}
             assert ("/v1/chat/completions" in paths) == (gives == "texts")
             assert ("/v1/embeddings" in paths) == (gives == "vectors")
+            if gives == "vectors":
+                own = EmbeddingBody.model_fields.keys() - PromptBody.model_fields.keys()
+                named = set(re.findall(r"<tr><td><code>(\w+)</code>", page))
+                assert own - {"add_special_tokens"} <= named
             for command in commands:
                 response = await send_as_curl(client, command)
                 assert response.status_code == 200, response.text
