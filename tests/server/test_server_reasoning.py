@@ -282,6 +282,10 @@ def test_a_schema_holds_behind_it(tmp_path: Path, template: str) -> None:
             assert error["message"].startswith(
                 "the JSON schema cannot be followed at /properties/a"
             )
+            for tag in ({}, {"structures": [5]}):  # without a format
+                wrong = {"response_format": {"type": "structural_tag", **tag}}
+                error = error_of(await client.post(CHAT, json=body(**wrong)), 400)
+                assert error["message"].startswith("structural_tag")
 
     run(test)
 

@@ -64,7 +64,7 @@ def after_reasoning(
             "type": "or",
             "elements": [{"type": "const_string", "value": text} for text in wanted.choice or ()],
         },
-        "structural_tag": lambda: newer_form(str(wanted.structural_tag))["format"],
+        "structural_tag": lambda: newer_form(str(wanted.structural_tag)).get("format", {}),
     }
     kind = next(kind for kind in parts if getattr(wanted, kind) is not None)
     thinking: dict[str, Any] = {
