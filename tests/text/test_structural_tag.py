@@ -116,6 +116,29 @@ FORMATS: list[tuple[Any, list[str], list[str]]] = [
     ),
     (text('"\\\n\x01::= é'), ['"\\\n\x01::= é'], ["é"]),
 ]
+NEXT = {"type": "regex", "pattern": "[,;] ?"}
+THINKING = {"type": "after_thinking", "begin": "<t>", "end": "</t>", "content": NUMBER}
+CALL_AFTER = {**THINKING, "content": triggered(["<a>"], A)}
+# Those that xgrammar does not have.
+FORMATS += [
+    (
+        {"type": "separated", "content": A, "separator": NEXT},
+        ["<a>5</a>", "<a>5</a>,<a>6</a>; <a>7</a>"],
+        ["", "<a>5</a>,", "<a>5</a><a>6</a>"],
+    ),
+    (tag("[", {"type": "separated", "content": B, "separator": NEXT}, "]"), ["[<b>!]"], ["[]"]),
+    (
+        THINKING,
+        ["5", "<t>x", "<t></t>5", " \n<t>x<t></</t>-7", "<t>5"],
+        ["x", "<t></t>", "<t></t>x", "</t>5", "5<t></t>5", "x<t></t>5"],
+    ),
+    ({**THINKING, "begin": None}, ["", "5", "x", "x</t>5", "<t>x</t>5"], ["x</t>", "</t>x"]),
+    (
+        CALL_AFTER,
+        ["x", "<a>5</a>", "<t><a>x</t>y<a>5</a>", "<t><a>x", "x<t><a>5</a></t>"],
+        ["<a>x", "<t>x</t><a>x", "x<t><a>x</t>"],
+    ),
+]
 
 
 @pytest.mark.parametrize(("part", "good", "bad"), FORMATS, ids=lambda each: str(each)[:60])
@@ -185,12 +208,56 @@ def test_special_tokens_may_stand_within_what_ends_free_text(
         assert follows(grammars, wanted(part), written)
 
 
+def test_special_tokens_may_stand_in_free_text(made: tuple[Tokenizer, Grammars]) -> None:
+    """But those that are named, and none behind the beginning of a pattern."""
+    tokenizer, grammars = made
+    first, second = sorted(tokenizer.special_ids.difference(tokenizer.eos_token_ids))[:2]
+    named = tokenizer.token(second)
+    for loop, but in ((True, []), (False, []), (True, [named])):
+        part = {"type": "dispatch", "rules": [["<a>", NUMBER]], "loop": loop, "special_but": but}
+        matcher = grammars.compile(wanted(part)).matcher(continues=True)
+        so_far = ""
+        for token in [first, "x", first, "<", "a", "b", first, "<", "a", ">", "5"]:
+            allowed, may_end = allowed_tokens(matcher)
+            free = set() if so_far.endswith(("<", "<a", "<a>")) else {first, second}
+            assert allowed & {first, second} == free - ({second} if but else set()), so_far
+            assert may_end == (not so_far.endswith("<a>"))
+            number = (
+                tokenizer.encode(token, add_special_tokens=False)[0] if token != first else first
+            )
+            matcher.accept(number)
+            so_far += token if isinstance(token, str) else "#"
+        assert matcher.allowed()[1]
+    # The end of a tag around it is none of them, whether it is text or a token.
+    for end in (named, {"type": "token", "token": named}):
+        part = {"type": "dispatch", "rules": [["<a>", NUMBER]], "special_but": []}
+        matcher = grammars.compile(wanted(tag("", part, end))).matcher(continues=True)
+        for token in (first, second):
+            assert token in allowed_tokens(matcher)[0]
+            matcher.accept(token)
+        assert allowed_tokens(matcher) == (set(), True)
+
+
+def test_a_schema_is_closed_by_itself(made: tuple[Tokenizer, Grammars]) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for closed in (True, False, None):
+        for others_closed in (True, False):
+            part = {"type": "json_schema", "json_schema": schema, "closed": closed}
+            whole = {"type": "sequence", "elements": [NUMBER, text(" "), part]}
+            asked = wanted(whole, disable_additional_properties=others_closed)
+            is_open = not (others_closed if closed is None else closed)
+            assert follows(made[1], asked, '5 {"b":1}') == is_open
+            assert follows(made[1], asked, '5 {"a":1}')
+
+
 ENDLESS = "nothing says where this text ends"
 WRONG: list[tuple[Any, str]] = [
     ({"type": "sequence", "elements": [ANY, NUMBER]}, rf"format\.elements\[0\]: {ENDLESS}"),
     (triggered(["<"], tag("<a>", ANY, "")), ENDLESS),
     ({"type": "sequence", "elements": [{"type": "star", "content": ANY}, NUMBER]}, ENDLESS),
     ({"type": "star", "content": {"type": "sequence", "elements": [A, ANY]}}, ENDLESS),
+    ({"type": "separated", "content": ANY, "separator": NUMBER}, ENDLESS),
+    ({"type": "sequence", "elements": [THINKING, NUMBER]}, ENDLESS),
     ({"type": "exclude_token"}, r"tag\.format: Input tag 'exclude_token' found .* 'const_string'"),
     ({"type": "tag", "begin": "x"}, "Field required"),
     (tag("<", {"type": "json_schema", "json_schema": {}, "style": "qwen_xml"}, ">"), "style: "),
@@ -214,6 +281,10 @@ WRONG: list[tuple[Any, str]] = [
     (
         {"type": "or", "elements": [A, {"type": "regex", "pattern": "(?=a)"}]},
         r"format\.elements\[1\]: the regex cannot be followed: .*look-around",
+    ),
+    (
+        {"type": "dispatch", "rules": [["a" * 300, A]], "excludes": ["b" * 213], "special_but": []},
+        r"tag\.format: special_but goes with .* at most 512 .*; these have 513",
     ),
     (tag("<", {"type": "grammar", "grammar": "start: x"}, ">"), r"content: the grammar cannot be"),
     (tag("<", {"type": "grammar", "grammar": 'root ::= "'}, ">"), r"content: the grammar is in GB"),

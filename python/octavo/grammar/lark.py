@@ -94,25 +94,40 @@ def _lark_of_tag(wanted: StructuredOutputs, special: Mapping[str, int]) -> LarkT
 
     found = LarkText()
 
+    numbers: dict[StructuredOutputs, int] = {}  # what stands in several places is one piece
+
     def add(piece: Piece) -> int:
+        if piece.wanted in numbers:
+            return numbers[piece.wanted]
         with piece.named():
             if piece.wanted.json is not None:
                 piece = replace(piece, reader=_reader_of(piece.wanted))
             if piece.wanted.grammar is not None:
                 piece = replace(piece, lark=_lark_grammar(piece.wanted.grammar))
         found.pieces.append(piece)
-        return len(found.pieces) - 1
+        return numbers.setdefault(piece.wanted, len(found.pieces) - 1)
 
     def leaf(part: JsonSchema | GrammarText) -> str:
         if part.type == "grammar":
             return f"@grammar_{add(Piece(StructuredOutputs(grammar=part.grammar), part.place))}"
         strict = wanted.strict if part.strict is None else part.strict
-        alone = replace(wanted, structural_tag=None, json=part.json_schema, strict=strict)
+        closed = wanted.disable_additional_properties if part.closed is None else part.closed
+        alone = replace(
+            wanted,
+            structural_tag=None,
+            json=part.json_schema,
+            strict=strict,
+            disable_additional_properties=closed,
+        )
         return f"json_{add(Piece(alone, part.place))}"
 
+    regexes: dict[str, str] = {}
+
     def regex(part: Regex) -> str:
-        add(Piece(StructuredOutputs(regex=part.pattern), part.place))
-        return _lark_regex(part.pattern)
+        if part.pattern not in regexes:
+            add(Piece(StructuredOutputs(regex=part.pattern), part.place))
+            regexes[part.pattern] = _lark_regex(part.pattern)
+        return regexes[part.pattern]
 
     found.rules = TagRules(special, leaf, regex).write(
         read_structural_tag(str(wanted.structural_tag))

@@ -53,11 +53,15 @@ class ConstString(Format):
 
 
 class JsonSchema(Format):
-    """JSON of a schema. strict is octavo's own; None: as the structured outputs say."""
+    """JSON of a schema. strict and closed are octavo's own; None: as the structured outputs say.
+
+    closed: what they call disable_additional_properties.
+    """
 
     type: Literal["json_schema"] = "json_schema"
     json_schema: dict[str, Any] | bool
     strict: bool | None = None
+    closed: bool | None = None
     style: Literal["json"] = "json"
     any_order: Literal[False] = False
     max_whitespace_cnt: None = None
@@ -142,12 +146,16 @@ class Tag(Format):
 
 
 class Dispatch(Format):
-    """Free text in which what follows each pattern is of the pattern's format."""
+    """Free text in which what follows each pattern is of the pattern's format.
+
+    special_but is octavo's own: special tokens but these stand in free text, too; None: none do.
+    """
 
     type: Literal["dispatch"] = "dispatch"
     rules: Annotated[list[tuple[Name, AnyFormat]], Field(min_length=1, max_length=MAX_FORMATS)]
     loop: bool = True
     excludes: Names = []
+    special_but: Names | None = None
 
 
 class TriggeredTags(Format):
@@ -214,6 +222,44 @@ class TagsWithSeparator(Format):
         return found
 
 
+class Separated(Format):
+    """octavo's own: the content once or more, and the separator between every two of them."""
+
+    type: Literal["separated"] = "separated"
+    content: AnyFormat
+    separator: AnyFormat
+
+    def as_sequence(self) -> Format:
+        """The same in simpler formats."""
+        further = self._made(Sequence, elements=[self.separator, self.content])
+        others = self._made(Repeated, type="star", content=further)
+        return self._made(Sequence, elements=[self.content, others])
+
+
+class AfterThinking(Format):
+    """octavo's own: the content, or what a model thinks, and the content behind it.
+
+    begin: what the thinking begins with, behind space; None: it has begun. It ends with `end`, or
+    with the text. There may be special tokens in it.
+    """
+
+    type: Literal["after_thinking"] = "after_thinking"
+    begin: Name | None = None
+    end: Name
+    content: AnyFormat
+
+    def as_dispatch(self) -> Format:
+        """The same in simpler formats."""
+        rules = [(self.end, self.content)]
+        thinking = self._made(Dispatch, rules=rules, loop=False, special_but=[])
+        if self.begin is None:
+            return thinking
+        space = self._made(Regex, pattern=r"\s*")
+        begin = self._made(ConstString, value=self.begin)
+        first = self._made(Sequence, elements=[space, begin, thinking])
+        return self._made(Or, elements=[first, self.content])
+
+
 AnyFormat = Annotated[
     ConstString
     | JsonSchema
@@ -228,10 +274,13 @@ AnyFormat = Annotated[
     | Tag
     | Dispatch
     | TriggeredTags
-    | TagsWithSeparator,
+    | TagsWithSeparator
+    | Separated
+    | AfterThinking,
     Field(discriminator="type"),
 ]
-for _each in (Repeated, Repeat, Sequence, Or, Tag, Dispatch, TriggeredTags, TagsWithSeparator):
+_SIMPLER = (Repeated, Repeat, Sequence, Or, Tag, Dispatch)
+for _each in (*_SIMPLER, TriggeredTags, TagsWithSeparator, Separated, AfterThinking):
     _each.model_rebuild()
 
 

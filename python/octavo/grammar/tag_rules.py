@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from octavo.errors import InvalidArgumentError
 from octavo.grammar.tag_formats import (
+    AfterThinking,
     AnyText,
     ConstString,
     Dispatch,
@@ -22,6 +23,7 @@ from octavo.grammar.tag_formats import (
     Regex,
     Repeat,
     Repeated,
+    Separated,
     Sequence,
     Tag,
     TagsWithSeparator,
@@ -35,6 +37,7 @@ Ends = tuple[str | int, ...] | None
 
 _EMPTY = '""'
 _ANY = "/(?s:.*)/"
+_MOST_GUARDED = 512  # characters of the strings whose beginnings are named one by one
 _SIGNS = {"optional": "?", "star": "*", "plus": "+"}
 
 
@@ -57,7 +60,10 @@ class TagRules:
         self._names: dict[
             tuple[str, str], str
         ] = {}  # by the letter and the options, and what they are
+        # By the format, the ends behind it, and the end of the tag around it; a format is kept, so
+        # its id is no other's.
         self._written: dict[tuple[int, Ends, Ends], tuple[Format, str]] = {}
+        self._terminals: dict[tuple[int, Ends, Ends], tuple[Format, str | None]] = {}
         self._closing: Ends = ()  # what ends the tag that is being written: no text in it holds it
 
     def write(self, whole: Format) -> str:
@@ -69,7 +75,7 @@ class TagRules:
     def _write(self, part: Format, ends: Ends) -> str:
         """The name of a rule for a format and one of the ends behind it."""
         key = id(part), ends, self._closing
-        if key not in self._written:  # the format is kept, so its id is no other's
+        if key not in self._written:
             self._written[key] = part, self._name(self._expression(part, ends))
         return self._written[key][1]
 
@@ -86,9 +92,9 @@ class TagRules:
         terminal = self._terminal(part, ends)
         if terminal is not None:
             return self._until(self._name(terminal, letter="T"), ends)
-        if isinstance(part, TriggeredTags):
+        if isinstance(part, (TriggeredTags, AfterThinking)):
             return self._write(part.as_dispatch(), ends)
-        if isinstance(part, TagsWithSeparator):
+        if isinstance(part, (TagsWithSeparator, Separated)):
             return self._write(part.as_sequence(), ends)
         if isinstance(part, Dispatch):
             return self._dispatch(part, ends)
@@ -118,6 +124,12 @@ class TagRules:
 
     def _terminal(self, part: Format, ends: Ends = None) -> str | None:
         """A format in which all is text and expressions, as one expression."""
+        key = id(part), ends, self._closing
+        if key not in self._terminals:
+            self._terminals[key] = part, self._as_terminal(part, ends)
+        return self._terminals[key][1]
+
+    def _as_terminal(self, part: Format, ends: Ends) -> str | None:
         if isinstance(part, AnyText):
             return self._free(part, ends)
         if isinstance(part, Regex):
@@ -170,7 +182,38 @@ class TagRules:
             f"{self._until(free, (pattern,))} {self._write(then, () if part.loop else ends)}"
             for pattern, then in part.rules
         )
-        return f"({cases}){'*' if part.loop else ' |'} {self._until(free, ends)}"
+        special, last = self._free_special(part, ends), self._until(free, ends)
+        if part.loop:
+            return f"({cases}{special and f' | {special}'})* {last}"
+        return f"{special and f'({special})*'} ({cases} | {last})"
+
+    def _free_special(self, part: Dispatch, ends: Ends) -> str:
+        """Free text and a special token behind it; "" where none may stand there.
+
+        Where such a token is not shown, the texts around it become one: the text before it does not
+        end as a pattern begins, which the text behind it might complete.
+        """
+        if part.special_but is None:
+            return ""
+        stops = [*(pattern for pattern, _ in part.rules), *(ends or ()), *(self._closing or ())]
+        texts = [each for each in (*stops, *part.excludes) if isinstance(each, str)]
+        named = [*texts, *part.special_but]
+        tokens = [
+            str(token)
+            for text, token in self._special.items()
+            if token not in stops and not any(text in each or each in text for each in named)
+        ]
+        if sum(map(len, texts)) > _MOST_GUARDED:
+            raise InvalidArgumentError(
+                f"{part.place}: special_but goes with patterns, excluded strings and ends of at "
+                f"most {_MOST_GUARDED} characters together; these have {sum(map(len, texts))}"
+            )
+        begins = dict.fromkeys(text[:length] for text in texts for length in range(1, len(text)))
+        free = self._free(part, ends)
+        if begins:
+            words = " | ".join(json.dumps(each, ensure_ascii=False) for each in begins)
+            free = f"({free} & ~({_ANY} ({words})))"
+        return f"{self._name(free, letter='T')} <[{','.join(tokens)}]>" if tokens else ""
 
     def _sequence(self, part: Sequence, ends: Ends) -> str:
         found: list[str] = []
@@ -242,13 +285,13 @@ def _is_free(part: Format) -> bool:
         return _is_free(part.elements[-1])
     if isinstance(part, Or):
         return any(map(_is_free, part.elements))
-    if isinstance(part, (Repeated, Repeat)):
+    if isinstance(part, (Repeated, Repeat, Separated)):
         return _is_free(part.content)
     if isinstance(part, Tag):
         return part.end == "" and _is_free(part.content)
     if isinstance(part, TriggeredTags):
         return not (part.at_least_one and part.stop_after_first) or any(map(_is_free, part.tags))
-    return isinstance(part, (AnyText, Dispatch))
+    return isinstance(part, (AnyText, Dispatch, AfterThinking))
 
 
 def _times(part: Repeat) -> str:
