@@ -20,7 +20,7 @@ from octavo.server.reasoning import REASONING
 
 HERMES = Reading(Markup("hermes", REASONING["qwen3"]))
 LLAMA = Reading(Markup("llama3_json"))
-FORCED = Reading(Markup("hermes"), forced=True)
+FORCED = Reading(Markup("hermes"), calls="only")
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": [1, "}"], "b": "é"}}\n</tool_call>'
 INPUT = {"a": [1, "}"], "b": "é"}
 
@@ -56,7 +56,7 @@ CASES: list[tuple[Reading, str, list[dict[str, Any]]]] = [
     (LLAMA, '{"name": "f", "para', [text('{"name": "f", "para')]),
     (FORCED, CALL, [call(INPUT)]),
     (FORCED, f"{CALL}\n{CALL}", [call(INPUT), call(INPUT)]),
-    (replace(HERMES, forced=True), f"<think>hm</think>\n{CALL}", [thought("hm"), call(INPUT)]),
+    (replace(HERMES, calls="only"), f"<think>hm</think>\n{CALL}", [thought("hm"), call(INPUT)]),
     (replace(HERMES, start="inside"), "hm</think>yes", [thought("hm"), text("yes")]),
 ]
 CASES[6][2].append(text("and \n"))

@@ -53,7 +53,11 @@ COSTS: dict[str, tuple[Callable[[Iterator[str]], Any], str]] = {
     "space before what may be calls": (parse(Reading(Markup("llama3_json"))), " \n"),
     "space behind a call": (parse(Reading(Markup("hermes")), CALL), " \n"),
     "a value of a call that must come": (
-        parse(Reading(Markup("qwen3_coder"), forced=True), FORCED_CALL),
+        parse(Reading(Markup("qwen3_coder"), calls="only"), FORCED_CALL),
+        "a\n</par",
+    ),
+    "a value of a call that a grammar writes": (
+        parse(Reading(Markup("qwen3_coder"), calls="steered"), FORCED_CALL),
         "a\n</par",
     ),
     "marks within a string, all in one piece": (

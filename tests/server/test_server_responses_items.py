@@ -25,6 +25,7 @@ from octavo.server.formats import Head
 from octavo.server.reasoning import REASONING
 from octavo.server.responses_body import ResponsesBody, translate
 from octavo.server.responses_format import ResponsesFormat
+from octavo.server.tools import CallMode
 from octavo.text.places import TokenPlaces
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
@@ -47,9 +48,9 @@ class Letters:
         return bytes([token_id])
 
 
-def make_format(logprobs: bool = False, forced: bool = False) -> ResponsesFormat:
+def make_format(logprobs: bool = False, calls: CallMode = "free") -> ResponsesFormat:
     places: Any = partial(TokenPlaces, Letters(), continues=False) if logprobs else None
-    reading = Reading(Markup("hermes", REASONING["qwen3"]), forced=forced)
+    reading = Reading(Markup("hermes", REASONING["qwen3"]), calls=calls)
     body = ResponsesBody(input="x")
     echo = {**body.echo(), "temperature": 1.0, "top_p": 1.0}
     return ResponsesFormat(
@@ -99,7 +100,7 @@ def test_however_the_text_is_cut(fragments: list[str], data: st.DataObject, reas
 def test_a_call_that_a_stop_string_cuts_off_is_incomplete() -> None:
     call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}'
     for text, status in ((call, "completed"), (call[:-3], "incomplete")):
-        whole = make_format(forced=True).whole([result_of(text, None)], USAGE)
+        whole = make_format(calls="only").whole([result_of(text, None)], USAGE)
         assert (whole["status"], whole["output"][0]["status"]) == ("completed", status)
 
 

@@ -17,7 +17,7 @@ from server_helpers import error_of, events_of, run, serving
 from octavo.grammar import compiler
 from octavo.llm import LLM
 from octavo.server.tool_calls import Arguments, ToolCall
-from octavo.server.tool_parsers import ForcedParser
+from octavo.server.tool_forced import ForcedParser
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install llguidance")
 

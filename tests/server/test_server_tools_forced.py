@@ -174,7 +174,7 @@ def test_calls_that_must_come_behind_thoughts(tmp_path: Path) -> None:
 
 
 def forced(pieces: list[str], tools: list[Any]) -> list[tuple[str, str]]:
-    parser, calls = make_parser("qwen3_coder", forced=True, tools=tools), list[tuple[str, str]]()
+    parser, calls = make_parser("qwen3_coder", "only", tools), list[tuple[str, str]]()
     for piece in [each for text in pieces for each in parser.push(text)] + parser.finish():
         if isinstance(piece, ToolCall):
             calls.append((piece.name, piece.arguments))
@@ -238,6 +238,7 @@ SAYABLE: list[tuple[dict[str, Any], bool]] = [
     ({"properties": {"a": NUMBER}, "anyOf": [{"required": ["a"]}]}, False),
     ({"properties": {"a": {**TEXT, "const": 5}}}, False),
     ({"properties": {"a": {**TEXT, "enum": "ab"}}}, False),
+    ({"properties": {"a": {"enum": ["x", "a</parameter>"]}}}, False),
     ({"properties": [1]}, False),
     ({"required": True}, False),
     ({"required": [["a"]]}, False),
@@ -247,15 +248,15 @@ SAYABLE: list[tuple[dict[str, Any], bool]] = [
 @pytest.mark.parametrize(("schema", "is_sayable"), SAYABLE, ids=str)
 def test_what_tags_can_say(schema: dict[str, Any], is_sayable: bool) -> None:
     parameters = {"type": "object", **schema}
-    assert (tag_of_call({"name": "f"}, parameters) is not None) == is_sayable
-    assert tag_of_call({"name": "f>"}, parameters) is None
+    assert (tag_of_call("f", parameters, strict=False) is not None) == is_sayable
+    assert tag_of_call("f>", parameters, strict=False) is None
 
 
 def test_what_is_no_string_is_no_choice_of_strings() -> None:
     properties = {"a": {**TEXT, "enum": ["x", None]}}
-    tag: Any = tag_of_call({"name": "f"}, {"properties": properties, "required": ["a"]})
+    tag: Any = tag_of_call("f", {"properties": properties, "required": ["a"]}, strict=False)
     (parameter,) = tag["content"]["elements"]
-    assert parameter["content"]["elements"] == [{"type": "const_string", "value": "x"}]
+    assert parameter["content"] == {"type": "const_string", "value": "x"}
 
 
 def test_strings_in_tags_are_free_or_chosen(tmp_path: Path) -> None:

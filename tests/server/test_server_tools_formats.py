@@ -25,7 +25,7 @@ from tool_texts import (
     read,
 )
 
-from octavo.server.tool_calls import PythonReader, Quotes, read_python_calls
+from octavo.server.tool_calls import PythonReader, Quotes, ToolCall, read_python_calls
 from octavo.server.tool_xml import typed, types_of
 from octavo.server.tools import TAGS, ToolFormat, make_parser
 
@@ -139,6 +139,9 @@ CASES: list[tuple[ToolFormat, str, str, list[Call]]] = [
     ("qwen3_coder", "<tool_call>\n<function=f>\n</function>\n", "", [("f", {})]),
     ("qwen3_coder", "<tool_call>\n<function=g>\n</function>\n</tool_call> ok", " ok", [("g", {})]),
     ("qwen3_coder", "<function=f> is XML", "<function=f> is XML", []),
+    ("qwen3_coder", '<tool_call>\n{"name": "f"}\n</tool_call> ok', " ok", [("f", {})]),
+    ("qwen3_coder", '<tool_call>{"name": "</tool_call>"}</tool_call>', "", [("</tool_call>", {})]),
+    ("qwen3_coder", '<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', []),
     ("deepseek_v3", "<｜tool▁calls▁begin｜>no<｜tool▁calls▁end｜>", None, []),  # type: ignore[list-item]
     (
         "deepseek_v3",
@@ -160,6 +163,54 @@ def test_single_cases(index: int) -> None:
     expected = (text if shown is None else shown, SPECIAL[text[:7]] if calls is None else calls)
     assert read(tool_format, [text]) == expected
     assert read(tool_format, list(text)) == expected
+
+
+ENDS = "</parameter></function></tool_call><tool_call><function=f></function></tool_call>"
+# What a grammar cannot have written is no call where it writes them: of the only tool "f".
+STEERED: list[tuple[ToolFormat, str, list[Call]]] = [
+    ("llama3_json", '{"name": "f", "parameters": {"count": 5}}', [("f", {"count": 5})]),
+    ("llama3_json", ' {"type": "function",\n"name" :"f"}', [("f", {})]),
+    ("llama3_json", '{"name": "f"}; {"name": "f"}', [("f", {}), ("f", {})]),
+    ("llama3_json", '{"parameters": {"count": 5}, "name": "f"}', []),
+    ("llama3_json", '{"name": "g"}; {"name": "f"}', []),
+    ("llama3_json", '\x1c{"name": "f"}', []),
+    ("llama3_json", 'So <|python_tag|>{"parameters": {}, "name": "f"}', [("f", {})]),
+    ("pythonic", "[f(count=5)]", [("f", {"count": 5})]),
+    ("pythonic", "[g(), f()]", []),
+    ("pythonic", "[f (count=5)]", []),
+    (
+        "qwen3_coder",
+        "<function=f>\n<parameter=list>\n"
+        '["</parameter></function></tool_call><tool_call><function=f></function></tool_call>"]'
+        "\n</parameter>\n</function>\n</tool_call>",
+        [
+            (
+                "f",
+                {
+                    "list": [
+                        "</parameter></function></tool_call><tool_call><function=f></function></tool_call>"
+                    ]
+                },
+            )
+        ],
+    ),
+    (
+        "qwen3_coder",
+        "<function=f>\n<parameter=text>\n\n</parameter></function>\n\n</parameter>\n</function>\n",
+        [("f", {"text": "\n</parameter></function>\n"})],
+    ),
+]
+
+
+@pytest.mark.parametrize("index", range(len(STEERED)))
+def test_calls_that_a_grammar_has_written(index: int) -> None:
+    tool_format, text, calls = STEERED[index]
+    for pieces in ([text], list(text)):
+        parser = make_parser(tool_format, "steered", TOOLS)
+        found = [piece for each in pieces for piece in parser.push(each)] + parser.finish()
+        read_calls = [each for each in found if isinstance(each, ToolCall)]
+        assert [(call.name, json.loads(call.arguments)) for call in read_calls] == calls
+        assert calls or "".join(map(str, found)) == text
 
 
 REFERENCE, DEFINITIONS = {"$ref": "#/$defs/n"}, {"n": {"type": "integer"}}
@@ -280,11 +331,11 @@ def test_python_is_read_or_refused(text: str) -> None:
 
 
 def test_calls_in_pythons_syntax() -> None:
-    found = read_python_calls(r"""f(a='it\'s "x"\n\x41\u00e9', b="c" 'd', c={}, d=[],)  g()""")
+    found = read_python_calls(r"""f(a='it\'s "x"\n\x41\u00e9', b="c\/" 'd', c={}, d=[],)  g()""")
     assert [call.name for call in found] == ["f", "g"]
     assert json.loads(found[0].arguments) == {
         "a": 'it\'s "x"\nAé',
-        "b": "cd",
+        "b": "c/d",  # as JSON spells it
         "c": {},
         "d": [],
     }

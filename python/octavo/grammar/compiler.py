@@ -68,8 +68,8 @@ class Grammars:
             return None
         if params.ignore_eos:
             raise InvalidArgumentError(
-                "ignore_eos is True beside structured_outputs, whose text has an end: leave one of "
-                "them out"
+                "ignore_eos is True beside structured_outputs, or calls of tools that must come or "
+                "are strict, whose text has an end: leave one of them out"
             )
         if not self._eos_token_ids and not params.stop_token_ids:
             raise InvalidArgumentError(

@@ -13,7 +13,7 @@ from octavo.server.reasoning import (
     detect_reasoning,
 )
 from octavo.server.tool_calls import Arguments, ToolCall
-from octavo.server.tools import TAGS, ToolFormat, Tools, detect_format, make_parser
+from octavo.server.tools import TAGS, CallMode, ToolFormat, Tools, detect_format, make_parser
 
 if TYPE_CHECKING:
     from octavo.text.chat import ChatTemplate
@@ -53,14 +53,14 @@ def markup_of(template: ChatTemplate | None) -> Markup:
 class Reading:
     """How answers to one prompt are read.
 
-    markup: what is looked for. start: where an answer begins. forced: it is calls and nothing else,
-    but for the thinking before them. max_calls: further ones are left out. shows_reasoning: the
-    thinking is given, too. tools: those of the request, whose schemas say what arguments are.
+    markup: what is looked for. start: where an answer begins. calls: how they are in what stands
+    behind the thinking. max_calls: further ones are left out. shows_reasoning: the thinking is
+    given, too. tools: those of the request, whose schemas say what arguments are.
     """
 
     markup: Markup = field(default_factory=Markup)
     start: Start = "before"
-    forced: bool = False
+    calls: CallMode = "free"
     max_calls: int | None = None
     shows_reasoning: bool = True
     tools: Tools = ()
@@ -78,9 +78,7 @@ class AnswerParser:
         self._thinking = None
         if markup.reasoning is not None:
             self._thinking = ReasoningParser(markup.reasoning, reading.start)
-        self._calls = markup.tools and make_parser(
-            markup.tools, forced=reading.forced, tools=reading.tools
-        )
+        self._calls = markup.tools and make_parser(markup.tools, reading.calls, reading.tools)
         self.num_calls = 0
         self.has_thought = False
         self._is_left_out = False  # the last call, and so its arguments

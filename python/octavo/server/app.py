@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +178,9 @@ def _add_messages(app: FastAPI, service: Service) -> None:
             with in_own_words(messages.own_names(body)):
                 prompt = messages.encode(model, chat, markup, begun)
                 defaults = service.options.defaults
-                return prompt, prepare.sampling_params(model, chat, prompt, defaults, markup)
+                # An answer that has begun is behind the thinking.
+                written = replace(markup, reasoning=None) if begun else markup
+                return prompt, prepare.sampling_params(model, chat, prompt, defaults, written)
 
         prompt, params = await asyncio.to_thread(read)
         head = _head(service, request, "msg_", body)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import InvalidArgumentError, OctavoError
 from octavo.prompts import EncodedPrompt
 from octavo.sampling_params import SamplingParams
+from octavo.server.answer_grammar import answer_grammar, looked_for, parts_of
 from octavo.server.answers import Markup, Reading
 from octavo.server.beams import beam_params, check_beams
-from octavo.server.errors import ApiError, bad_request, to_api_error
+from octavo.server.errors import bad_request, to_api_error
 from octavo.server.formats import ChatFormat, CompletionFormat, Format, Head, NewPlaces
 from octavo.server.prompt_logprobs import PromptLogprobs
 from octavo.server.protocol import (
@@ -24,15 +25,8 @@ from octavo.server.protocol import (
     SamplingBody,
     check_supported,
 )
-from octavo.server.structured import (
-    after_reasoning,
-    calls_of_tools,
-    compile_error,
-    demands_json,
-    forced_tools,
-    structured_field,
-    structured_outputs,
-)
+from octavo.server.structured import structured_field, structured_outputs
+from octavo.server.tool_choice import call_mode
 from octavo.server.tool_messages import fit_conversation
 from octavo.structured_outputs import StructuredOutputs
 from octavo.text.chat import ChatTemplate
@@ -115,23 +109,9 @@ def _template_arguments(model: LoadedModel) -> set[str]:
     return {each.name for each in found if each.kind != each.VAR_KEYWORD} | {"tools", "documents"}
 
 
-def _looked_for(body: ChatFields, markup: Markup) -> Markup:
-    """What is looked for in the answer to `body`.
-
-    JSON that a schema demands is the answer, even where it looks like a call.
-    """
-    if not isinstance(body, ChatBody):
-        return markup
-    is_schema = forced_tools(body) is None and demands_json(body)
-    if not body.tools or body.tool_choice == "none" or is_schema:
-        markup = replace(markup, tools=None)
-    is_whole = body.separate_reasoning is False or body.reasoning_format == "none"
-    return replace(markup, reasoning=None) if is_whole else markup
-
-
 def kept_ids(model: LoadedModel, body: ChatFields, markup: Markup) -> frozenset[int]:
     """Special tokens that stay in the text; so do tags of thinking that is left in the answer."""
-    found = replace(_looked_for(body, markup), reasoning=markup.reasoning)
+    found = replace(looked_for(body, markup), reasoning=markup.reasoning)
     return found.token_ids(model.tokenizer)
 
 
@@ -161,11 +141,11 @@ def chat_format(
 
 def reading_of(body: ChatBody, markup: Markup, prompt: str | None) -> Reading:
     """How the answers to a conversation are read. prompt: its text, where it is known."""
-    found = _looked_for(body, markup)
+    found = looked_for(body, markup)
     return Reading(
         found,
         found.reasoning.start(prompt) if found.reasoning else "before",
-        forced=found.tools is not None and forced_tools(body) is not None,
+        calls=call_mode(body, found.tools) or "free",
         max_calls=1 if body.parallel_tool_calls is False else None,
         shows_reasoning=body.include_reasoning is not False,
         tools=body.tools or (),
@@ -226,7 +206,8 @@ def sampling_params(
         params = read_params(body, defaults)
         if isinstance(body, ChatBody) and markup is not None:
             params = steer(params, model, body, markup, prompt.text)
-        _compile(model, body, params)
+        else:
+            _compile(model, params, structured_field(body))
         if params.max_tokens is None:
             num_prompt = len(prompt.token_ids)
             room = model.engine.scheduler.max_total_tokens(num_prompt, None) - num_prompt
@@ -242,36 +223,31 @@ def sampling_params(
     return params
 
 
-def _compile(model: LoadedModel, body: SamplingBody, params: SamplingParams) -> None:
-    try:
-        model.engine.grammars.of(params)
-    except InvalidArgumentError as error:
-        raise compile_error(error, body) from error
-
-
 def steer(
     params: SamplingParams, model: LoadedModel, body: ChatBody, markup: Markup, prompt: str | None
 ) -> SamplingParams:
-    """With a grammar of calls, where the body demands one; what is thought before is free."""
-    numbers = forced_tools(body)
-    if numbers is not None and markup.tools is not None:
-        if params.structured_outputs is not None:
-            field = structured_field(body)
-            raise bad_request(f"{field} is given, but tool_choice leaves no room for it", field)
-        params = replace(params, structured_outputs=calls_of_tools(body, numbers, markup.tools))
-    start = markup.reasoning and markup.reasoning.start(prompt)
-    wanted = params.structured_outputs
-    if wanted is None or markup.reasoning is None or start == "behind":
-        return params
-    wanted = StructuredOutputs.of(wanted)
+    """With a grammar of all that the answer is to be, where the body wants something of it.
+
+    It is compiled here, if it is new. prompt: its text. Raises an ApiError for what cannot be
+    followed.
+    """
+    given = params.structured_outputs
+    asked = None if given is None else StructuredOutputs.of(given)
     try:
-        wanted = after_reasoning(wanted, markup.reasoning, start == "inside")
-        steered = replace(params, structured_outputs=wanted)
-        _compile(model, body, steered)
-    except (ApiError, InvalidArgumentError):
-        _compile(model, body, params)  # so that an error names the places of what was asked for
-        raise
-    return steered
+        params = replace(params, structured_outputs=answer_grammar(body, asked, markup, prompt))
+        model.engine.grammars.of(params)
+        return params
+    except InvalidArgumentError as error:
+        for field, part in parts_of(body, asked, markup):  # whose errors have places of their own
+            _compile(model, replace(params, structured_outputs=part), field)
+        raise to_api_error(error, structured_field(body) or "tools") from error
+
+
+def _compile(model: LoadedModel, params: SamplingParams, field: str | None) -> None:
+    try:
+        model.engine.grammars.of(params)
+    except InvalidArgumentError as error:
+        raise to_api_error(error, field) from error
 
 
 def read_params(body: SamplingBody, defaults: Mapping[str, Any]) -> SamplingParams:

@@ -93,6 +93,7 @@ if TYPE_CHECKING:
 
     class _Options(PromptBody):
         skip_special_tokens: bool | None
+        ignore_eos: bool | None
         prompt_logprobs: int | None
 
 else:

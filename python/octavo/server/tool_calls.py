@@ -154,13 +154,19 @@ _SPACE = re.compile(r"\s*")
 _STRING = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _ESCAPE = re.compile(
-    r"\\(\n|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{1,3}|[\\'\"abfnrtv])"
+    r"\\(\n|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{1,3}|[\\'\"abfnrtv/])"
 )
-_ESCAPES = dict(zip("\\'\"abfnrtv\n", "\\'\"\a\b\f\n\r\t\v", strict=False)) | {"\n": ""}
+# The last, "\\/", is JSON's.
+_ESCAPES = dict(zip("\\'\"abfnrtv\n/", "\\'\"\a\b\f\n\r\t\v\n/", strict=True)) | {"\n": ""}
 _WORDS = {
     **{"True": True, "False": False, "None": None},
     **{"true": True, "false": False, "null": None},  # as the tools' schemas spell them
 }
+
+
+def is_python_name(text: str) -> bool:
+    """Whether `PythonReader` takes this for the name of a function or an argument."""
+    return _NAME.fullmatch(text) is not None
 
 
 class PythonReader:

@@ -6,16 +6,14 @@ nothing the model says is lost.
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from octavo.server.reasoning import before_tag
 from octavo.server.tool_calls import (
-    Arguments,
     Piece,
     Quotes,
     ToolCall,
@@ -26,13 +24,18 @@ from octavo.server.tool_calls import (
 )
 
 Tools = Sequence[Mapping[str, Any]]
+SPACE = r"[ \t\r\n]{0,64}"  # an expression of what may stand between two parts of JSON
 
 
 class ToolParser(ABC):
-    """Takes one answer apart as it comes. tools: those of the request, for what needs a schema."""
+    """Takes one answer apart as it comes.
 
-    def __init__(self, tools: Tools = ()) -> None:
-        self._tools = tools
+    tools: those of the request, for what needs a schema. names: theirs, as `Writing.first` has
+    them, where a grammar writes the calls; what it cannot have written is none then.
+    """
+
+    def __init__(self, tools: Tools = (), names: Sequence[str] | None = None) -> None:
+        self._tools, self._names = tools, names
         self._held = ""
 
     @property
@@ -61,8 +64,8 @@ class MarkedParser(ToolParser):
     close: ClassVar[str] = ""
     quotes: ClassVar[str] = '"'
 
-    def __init__(self, tools: Tools = ()) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: Tools = (), names: Sequence[str] | None = None) -> None:
+        super().__init__(tools, names)
         self._opens = re.compile("|".join(map(re.escape, self.opens)))
         self._ends = re.compile(re.escape(self.close)) if self.close else self._opens
         self._open = ""  # the mark behind which `_inner` and then `_held` stand
@@ -246,16 +249,19 @@ def _all_calls(calls: list[ToolCall], rest: str) -> tuple[list[ToolCall], str]:
 class LeadingParser(ToolParser):
     """An answer that begins as calls do may be calls, so it is held back to its end.
 
-    So is what follows one of the marks, wherever that stands.
+    So is what follows one of the marks, wherever that stands. Where a grammar writes the calls,
+    they begin with `lead` and a name.
     """
 
     marks: ClassVar[tuple[str, ...]]
+    lead: ClassVar[str]  # an expression of what a grammar takes before the name of the first call
+    tail: ClassVar[str] = ""  # what may stand behind the last call
     # Of an answer without the space before it; what they match is short, whatever the answer.
     begins: ClassVar[re.Pattern[str]]  # an answer that may be calls
     may_begin: ClassVar[re.Pattern[str]]  # what is too short to tell
 
-    def __init__(self, tools: Tools = ()) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: Tools = (), names: Sequence[str] | None = None) -> None:
+        super().__init__(tools, names)
         self._kept: list[str] = []  # before what is held: the first space, or what may be a call
         self._is_text = False  # something of the answer has been shown
         self._may_be_call = False
@@ -294,14 +300,21 @@ class LeadingParser(ToolParser):
     def finish(self) -> list[Piece]:
         held = "".join([*self._kept, self._held])
         self._kept, self._held = [], ""
-        calls = self.read(held) if self._may_be_call else []
+        calls = self.read(held) if self._may_be_call and self._begins_as_known(held) else []
         return [*calls] or ([held] if held else [])
+
+    def _begins_as_known(self, text: str) -> bool:
+        if self._names is None or text.lstrip().startswith(self.marks):
+            return True
+        names = "|".join(map(re.escape, self._names))
+        return re.match(f"{self.lead}(?:{names})", text) is not None
 
 
 class Llama3Parser(LeadingParser):
     """Llama 3: {"name": …, "parameters": …}, several being separated by ";"."""
 
     marks = ("<|python_tag|>",)
+    lead = r'_\{_(?:"type"_:_"function"_,_)?"name"_:_'.replace("_", SPACE)
     begins, may_begin = re.compile(r"\{"), re.compile("")
 
     def read(self, text: str) -> list[ToolCall]:
@@ -313,77 +326,10 @@ class PythonicParser(LeadingParser):
     """Llama 3.2 and 4, Gemma 3 by vLLM's templates: [f(a=1, b="x"), g()]."""
 
     marks = ("<|python_start|>", "<|python_tag|>")
+    lead, tail = rf"{SPACE}\[{SPACE}", "<|python_end|>"
     begins = re.compile(r"\[\s{0,99}[A-Za-z_][\w.]{0,255}\s{0,99}\(")
     may_begin = re.compile(r"(?:\[\s{0,99}(?:[A-Za-z_][\w.]{0,255}\s{0,99})?)?")
     _MARKS = re.compile(r"\A\s*<\|python_(?:start|tag)\|>|<\|python_end\|>\s*\Z")
 
     def read(self, text: str) -> list[ToolCall]:
         return read_python_calls(self._MARKS.sub("", text))
-
-
-class ForcedParser(ToolParser):
-    """Reads an answer that is calls and nothing else, and gives their arguments as they come.
-
-    The answer follows `octavo.server.structured.calls_of_tools`, so what stands before the
-    arguments is known to the last space. head: that, with the name as its first group, which is
-    JSON if it is quoted. new_id: makes the ids of the calls; None: as always.
-    """
-
-    JSON_HEAD = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "(?:arguments|parameters)": ')
-
-    def __init__(
-        self, head: re.Pattern[str] = JSON_HEAD, new_id: Callable[[], str] | None = None
-    ) -> None:
-        super().__init__()
-        self._head, self._new_id = head, new_id
-        self._depth = 0  # of the brackets of the arguments
-        self._inside = self._in_string = self._is_escaped = False
-
-    @property
-    def is_inside(self) -> bool:
-        return self._inside
-
-    def push(self, text: str) -> list[Piece]:
-        self._held += text
-        pieces: list[Piece] = []
-        while True:
-            if not self._inside:
-                head = self._head.search(self._held)
-                if head is None:
-                    return pieces
-                pieces.append(self._call(head[1]))
-                self._held, self._inside = self._held[head.end() :], True
-            end = self._end_of_arguments(self._held)
-            taken = self._held[:end]
-            self._held = self._held[len(taken) :]
-            if taken:
-                pieces.append(Arguments(taken))
-            if end is None:
-                return pieces
-            self._inside = False
-
-    def finish(self) -> list[Piece]:
-        """Nothing: the arguments of a call that was cut off have been given."""
-        return []
-
-    def _call(self, name: str) -> ToolCall:
-        call = ToolCall(json.loads(name) if name.startswith('"') else name, "")
-        return call if self._new_id is None else replace(call, call_id=self._new_id())
-
-    def _end_of_arguments(self, text: str) -> int | None:
-        """Where the object ends, whose beginning has been seen; None: not in this text."""
-        for index, character in enumerate(text):
-            if self._is_escaped:
-                self._is_escaped = False
-            elif self._in_string:
-                self._is_escaped = character == "\\"
-                self._in_string = character != '"'
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    return index + 1
-        return None

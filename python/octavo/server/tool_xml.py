@@ -26,36 +26,54 @@ from octavo.server.tool_calls import (
     Quotes,
     ToolCall,
     read_json,
+    read_json_calls,
     to_json,
 )
-from octavo.server.tool_parsers import ForcedParser, MarkedParser, ToolParser, Tools
+from octavo.server.tool_forced import ForcedParser
+from octavo.server.tool_parsers import MarkedParser, ToolParser, Tools
 
 Schema = Mapping[str, Any]
 
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
-_PARAMETER = re.compile(
-    r"\s*<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*(?:<parameter=[^>\n]+>|</function>))",
-    re.DOTALL,
+# The beginning of a call, a parameter and the end of the call, as models write them.
+_AS_IT_COMES = (
+    re.compile(r"\s*<function=([^>\n]+)>"),
+    re.compile(
+        r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=[^>\n]+>|</function>))",
+        re.DOTALL,
+    ),
+    re.compile(r"\s*</function>"),
 )
-_END = re.compile(r"\s*</function>")
+# The same as a grammar writes them. No JSON has a line break in a string.
+_BY_GRAMMAR = (
+    re.compile(r"\s*<function=([^>\n]+)>\n"),
+    re.compile(r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>\n", re.DOTALL),
+    re.compile(r"</function>"),
+)
 _MOST_SCHEMAS = 128  # that are looked at for the types of one value
 _NAMES = ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array"))
 
 
 class Qwen3CoderParser(MarkedParser):
-    """Qwen3-Coder; <tool_call> may be missing, as it is in many of its answers."""
+    """Qwen3-Coder; <tool_call> may be missing, as it is in many of its answers.
+
+    Within <tool_call> there may be JSON, too, as a grammar has it where tags cannot say a schema.
+    """
 
     opens, close = ("<tool_call>", "<function="), "</tool_call>"
 
     def read(self, mark: str, text: str) -> tuple[list[ToolCall], str]:
+        if _is_json(text):
+            in_json, rest = read_json_calls(text)
+            return ([], "") if rest.strip() else (in_json, "")
         calls = []
         text, at = ("" if mark == "<tool_call>" else mark) + text, 0
-        while head := _FUNCTION.match(text, at):
+        function, one_parameter, end_of_call = _AS_IT_COMES if self._names is None else _BY_GRAMMAR
+        while head := function.match(text, at):
             schemas, found, at = schemas_of(self._tools, head[1]), dict[str, Any](), head.end()
-            while parameter := _PARAMETER.match(text, at):
+            while parameter := one_parameter.match(text, at):
                 key, value, at = parameter[1], parameter[2], parameter.end()
-                found[key] = typed(value.removeprefix("\n").removesuffix("\n"), schemas.get(key))
-            end = _END.match(text, at)
+                found[key] = typed(value, schemas.get(key))
+            end = end_of_call.match(text, at)
             if end is None:
                 return [], ""
             at = end.end()
@@ -66,21 +84,35 @@ class Qwen3CoderParser(MarkedParser):
         return ([], "") if text[at:].strip() else (calls, "")
 
     def new_quotes(self) -> Quotes:
-        return _Values()
+        return _Values(by_grammar=self._names is not None)
 
 
 class _Values(Quotes):
-    """Whether a call is within a value, which has no quotes: not where its function has ended."""
+    """Whether a call goes on: within a string of JSON, or within a value, which has no quotes.
 
-    def __init__(self) -> None:
-        super().__init__("")
-        self._has_any, self._last = False, ""
+    A value ends with its function. by_grammar: as a grammar writes it, on a line of its own.
+    """
+
+    def __init__(self, *, by_grammar: bool) -> None:
+        super().__init__('"')
+        self._is_json: bool | None = None  # None: it is not known yet
+        self._by_grammar, self._has_any, self._last = by_grammar, False, ""
 
     def read(self, text: str) -> bool:
+        if self._is_json is None and text.strip():
+            self._is_json = _is_json(text)
+        if self._is_json:
+            return super().read(text)
         text = self._last + text
         self._has_any = self._has_any or "<parameter=" in text
         self._last = text[-100:]
+        if self._by_grammar:
+            return not self._last.endswith("\n</function>\n")
         return self._has_any and not self._last.rstrip().endswith("</function>")
+
+
+def _is_json(text: str) -> bool:
+    return text.lstrip().startswith("{")
 
 
 class ForcedXmlParser(ToolParser):

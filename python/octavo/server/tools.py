@@ -5,17 +5,20 @@ Their names are those of vLLM's parsers. What each looks like stands at its pars
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from octavo.server.tool_calls import Arguments, Piece, ToolCall, short_id
+from octavo.server.tool_forced import ForcedParser
 from octavo.server.tool_parsers import (
     DeepSeekParser,
-    ForcedParser,
     GraniteParser,
     HermesParser,
+    LeadingParser,
     Llama3Parser,
+    MarkedParser,
     MistralParser,
     Olmo3Parser,
     Phi4MiniParser,
@@ -42,10 +45,14 @@ ToolFormat = Literal[
     "deepseek_v31",
 ]
 
+# Calls anywhere in a text; the same, but a grammar writes the calls of tools; calls and nothing
+# else, by a grammar.
+CallMode = Literal["free", "steered", "only"]
+
 
 @dataclass(frozen=True)
 class Writing:
-    """How calls are written that must come, and calls of earlier turns.
+    """How a grammar writes calls, and how those of earlier turns are written.
 
     begins: what may stand before the first, of which the model takes one. before, between, after:
     what stands around the name and the arguments of each. separator: between two calls. end: what
@@ -60,6 +67,10 @@ class Writing:
     end: str = ""
     is_quoted: bool = True
 
+    def first(self, name: str) -> str:
+        """The name of a function, with what tells it from a longer one."""
+        return json.dumps(name) if self.is_quoted else name + self.between
+
     @property
     def head(self) -> re.Pattern[str]:
         """What stands before the arguments of a call; its first group is the name."""
@@ -69,15 +80,29 @@ class Writing:
 
 @dataclass(frozen=True)
 class _Way:
-    """tags: what the parser looks for; in some vocabularies these are special tokens."""
+    """tags: what the parser looks for; in some vocabularies these are special tokens.
 
-    parser: type[ToolParser]
+    writing: of calls that must come. own: of calls that may come; None: the same.
+    """
+
+    parser: type[MarkedParser | LeadingParser]
     tags: tuple[str, ...]
     writing: Writing = field(default_factory=Writing)
+    own: Writing | None = None
 
 
 _TAGGED = Writing('<tool_call>\n{"name": ', after="}\n</tool_call>", separator="\n")
 _BARE = Writing(between=', "parameters": ', separator="; ")
+_PYTHON = Writing("", "(", ")", ", ", ("[",), "]", is_quoted=False)
+_LINES = Writing(
+    "",
+    "(",
+    ")",
+    "\n",
+    ("<function_calls>\n",),
+    "\n</function_calls>",
+    is_quoted=False,
+)
 _SEP = "<｜tool▁sep｜>"
 _DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", _SEP)
 _DEEPSEEK_TAGS = (*_DEEPSEEK, "<｜tool▁call▁end｜>")
@@ -110,17 +135,28 @@ _WAYS: dict[ToolFormat, _Way] = {
     "mistral_args": _Way(
         MistralParser, _MISTRAL_TAGS, Writing("[TOOL_CALLS]", "[ARGS]", "", "", is_quoted=False)
     ),
-    # Literals of Python cannot be said by the grammar of a schema: such calls are written as JSON.
-    "pythonic": _Way(PythonicParser, (*PythonicParser.marks, "<|python_end|>"), _BARE),
-    "olmo3": _Way(Olmo3Parser, ("<function_calls>", "</function_calls>"), _BARE),
-    # Where the schema of a tool can be said in tags, `structured` writes them.
+    # Calls that must come are written as JSON, of which a client gets the arguments as they come.
+    "pythonic": _Way(PythonicParser, (*PythonicParser.marks, "<|python_end|>"), _BARE, _PYTHON),
+    "olmo3": _Way(Olmo3Parser, ("<function_calls>", "</function_calls>"), _BARE, _LINES),
+    # Where the schema of a tool can be said in tags, `tool_grammar` writes them.
     "qwen3_coder": _Way(Qwen3CoderParser, ("<tool_call>", "</tool_call>"), _TAGGED),
     "granite": _Way(
-        GraniteParser, GraniteParser.opens, Writing(begins=("<|tool_call|>[",), end="]")
+        GraniteParser,
+        GraniteParser.opens,
+        Writing(
+            begins=("<|tool_call|>[",),
+            end="]",
+        ),
     ),
-    "phi4_mini_json": _Way(Phi4MiniParser, _PHI_TAGS, Writing(begins=("functools[",), end="]")),
+    "phi4_mini_json": _Way(
+        Phi4MiniParser,
+        _PHI_TAGS,
+        Writing(begins=("functools[",), end="]"),
+    ),
     "phi4_mini_tags": _Way(
-        Phi4MiniParser, _PHI_TAGS, Writing(begins=("<|tool_call|>[",), end="]<|/tool_call|>")
+        Phi4MiniParser,
+        _PHI_TAGS,
+        Writing(begins=("<|tool_call|>[",), end="]<|/tool_call|>"),
     ),
     "deepseek_v3": _Way(DeepSeekParser, _DEEPSEEK_TAGS, _DEEPSEEK_V3),
     "deepseek_v31": _Way(DeepSeekParser, _DEEPSEEK_TAGS, _DEEPSEEK_V31),
@@ -176,17 +212,27 @@ def format_of(parser: str, detected: ToolFormat | None) -> ToolFormat:
     return detected if detected in formats else formats[0]
 
 
-def writing_of(tool_format: ToolFormat) -> Writing:
-    """How calls in this format are written."""
-    return _WAYS[tool_format].writing
-
-
-def make_parser(tool_format: ToolFormat, *, forced: bool = False, tools: Tools = ()) -> ToolParser:
-    """A parser for one answer; forced: it can be nothing but calls. tools: those of the request."""
+def writing_of(tool_format: ToolFormat, *, must_come: bool = True) -> Writing:
+    """How a grammar writes calls in this format, which must come, or may."""
     way = _WAYS[tool_format]
-    if not forced:
+    return way.writing if must_come or way.own is None else way.own
+
+
+def parser_of(tool_format: ToolFormat) -> type[MarkedParser | LeadingParser]:
+    """What finds calls in an answer that may hold some."""
+    return _WAYS[tool_format].parser
+
+
+def make_parser(tool_format: ToolFormat, mode: CallMode = "free", tools: Tools = ()) -> ToolParser:
+    """A parser for one answer. tools: those of the request."""
+    way = _WAYS[tool_format]
+    if mode == "free":
         return way.parser(tools)
-    if tool_format == "qwen3_coder":
-        return ForcedXmlParser(tools)
-    is_short = way.parser is MistralParser
-    return ForcedParser(way.writing.head, short_id if is_short else None)
+    writing = writing_of(tool_format, must_come=mode == "only")
+    names = [writing.first(tool["function"]["name"]) for tool in tools]
+    parser: ToolParser = way.parser(tools, names)
+    if mode == "only":
+        is_short = way.parser is MistralParser
+        parser = ForcedParser(writing.head, short_id if is_short else None)
+        parser = ForcedXmlParser(tools) if tool_format == "qwen3_coder" else parser
+    return parser
