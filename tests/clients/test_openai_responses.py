@@ -80,7 +80,8 @@ def test_a_stream(client: openai.OpenAI) -> None:
 
 def test_the_stream_helper(client: openai.OpenAI) -> None:
     """client.responses.stream puts events together and is strict about them."""
-    with client.responses.stream(model=MODEL, input="both", tools=[FLAT_ADD]) as stream:
+    free: Any = {**FLAT_ADD, "strict": False}  # the second call breaks the schema
+    with client.responses.stream(model=MODEL, input="both", tools=[free]) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_response()
     assert kinds.count("response.function_call_arguments.done") == 2

@@ -56,14 +56,33 @@ def test_a_strict_tool_gets_arguments_of_its_schema(llm: LLM) -> None:
     run(test)
 
 
-def test_the_responses_api_knows_strict(llm: LLM) -> None:
+def test_the_responses_api_is_strict_unless_a_tool_says_no(llm: LLM) -> None:
     async def test() -> None:
-        async with serving(llm) as (client, _):
-            for strict, found in ((True, 12), (False, "x")):
+        async with serving(llm) as (client, service):
+            for strict, found in ((True, 12), (None, 12), (False, "x")):
                 tool = {"type": "function", **ADD, "strict": strict}
                 body = {"input": "ask", "temperature": 0, "max_output_tokens": 60, "tools": [tool]}
                 (item,) = (await client.post(RESPONSES, json=body)).json()["output"]
                 assert json.loads(item["arguments"]) == {"a": found}
+            # What cannot be enforced is left out of a tool that says nothing.
+            odd = {**PARAMETERS, "not": {"required": ["b"]}}
+            for strict in (None, True):
+                tool = {"type": "function", "name": "add", "parameters": odd, "strict": strict}
+                answer = await client.post(RESPONSES, json={**body, "tools": [tool]})
+                if strict:
+                    error = error_of(answer, 400)
+                    assert error["param"] == "tools[0].parameters" and '"not"' in error["message"]
+                else:
+                    assert json.loads(answer.json()["output"][0]["arguments"]) == {"a": 12}
+            # And the default refuses nothing that would go without it.
+            tool, fields = {"type": "function", **ADD}, {"ignore_eos": True, "max_output_tokens": 9}
+            answer = await client.post(RESPONSES, json={**body, "tools": [tool], **fields})
+            assert answer.status_code == 200, answer.text
+            service.markup = replace(service.markup, tools="pythonic")
+            parameters = {"anyOf": [PARAMETERS]}
+            tool = {"type": "function", "name": "add", "parameters": parameters}
+            answer = await client.post(RESPONSES, json={**body, "tools": [tool]})
+            assert answer.status_code == 200, answer.text
 
     run(test)
 

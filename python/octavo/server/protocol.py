@@ -185,6 +185,9 @@ class ChatBody(ChatFields, AnswerBody):
     parallel_tool_calls: bool | None = None
     echo: bool | None = None
 
+    # Whether calls of tools that do not say `strict` follow their schemas, as far as that goes.
+    follows_schemas: ClassVar[bool] = False
+
 
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""

@@ -129,6 +129,7 @@ class _ChatOfResponse(ChatBody):
     """A conversation that came as the input of a response."""
 
     prompt_field: ClassVar[str] = "input"
+    follows_schemas: ClassVar[bool] = True  # this API's default
 
 
 @dataclass(frozen=True)

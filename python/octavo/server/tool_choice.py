@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from typing import Any
 
 from octavo.errors import OctavoError
@@ -94,12 +95,16 @@ def _known(
     ]
     if tool_format in PYTHON_FORMATS and mode != "only":
         functions = [(i, each) for i, each in functions if is_python_name(each["name"])]
-    return [(i, each, _strict(each, mode)) for i, each in functions]
+    return [(i, each, _strict(body, each, mode)) for i, each in functions]
 
 
-def _strict(function: dict[str, Any], mode: CallMode) -> bool | None:
-    is_strict = function.get("strict") is True
-    return is_strict or (None if mode == "steered" else False)
+def _strict(body: ChatBody, function: dict[str, Any], mode: CallMode) -> bool | None:
+    given = function.get("strict")
+    if given is True or mode != "steered":
+        return given is True
+    # A default must not have refused what goes without it.
+    can_be = not body.ignore_eos and find_spec("llguidance") is not None
+    return False if given is not False and body.follows_schemas and can_be else None
 
 
 def _parameters(function: dict[str, Any], place: str) -> dict[str, Any]:
