@@ -53,6 +53,8 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 ADD = {"name": "add", "parameters": PARAMETERS}
+ANSWER = {"type": "object", "properties": {"k": {"type": "string"}}, "required": ["k"]}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": ANSWER}}
 
 
 def load(folder: Path) -> LLM:

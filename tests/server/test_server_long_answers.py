@@ -60,6 +60,7 @@ COSTS: dict[str, tuple[Callable[[Iterator[str]], Any], str]] = {
         parse(Reading(Markup("qwen3_coder"), calls="steered"), FORCED_CALL),
         "a\n</par",
     ),
+    "space before calls or a text": (parse(Reading(Markup("hermes"), calls="either")), " \n"),
     "marks within a string, all in one piece": (
         lambda texts: parse(Reading(Markup("granite")), OPEN_CALL)(iter(["".join(texts)])),
         "<tool_call>",

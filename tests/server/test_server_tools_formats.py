@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -211,6 +212,36 @@ def test_calls_that_a_grammar_has_written(index: int) -> None:
         read_calls = [each for each in found if isinstance(each, ToolCall)]
         assert [(call.name, json.loads(call.arguments)) for call in read_calls] == calls
         assert calls or "".join(map(str, found)) == text
+
+
+EITHER: list[tuple[ToolFormat, str, list[Call]]] = [
+    ("hermes", '{"k": "<tool_call>\\n{}"}', []),
+    ("hermes", '\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', [("f", {})]),
+    ("mistral", "[[]]", []),
+    ("mistral", "[TO", []),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}}]', [("f", {})]),
+    ("phi4_mini_json", "false", []),
+    ("pythonic", "[f(count=5), f()]", [("f", {"count": 5}), ("f", {})]),
+    ("pythonic", '["[f()]"]', []),
+    ("olmo3", "<function_calls>\nf()\n</function_calls>", [("f", {})]),
+    ("olmo3", '"<function_calls>f()</function_calls>"', []),
+]
+
+
+@pytest.mark.parametrize("index", range(len(EITHER)))
+def test_calls_or_a_text_without_any(index: int) -> None:
+    tool_format, text, calls = EITHER[index]
+    for pieces in ([text], list(text)):
+        parser, shown, found = make_parser(tool_format, "either", TOOLS), "", list[ToolCall]()
+        for piece in [each for one in pieces for each in parser.push(one)] + parser.finish():
+            if isinstance(piece, ToolCall):
+                found.append(piece)
+            elif isinstance(piece, str):
+                shown += piece
+            else:
+                found[-1] = replace(found[-1], arguments=found[-1].arguments + piece.text)
+        assert [(call.name, json.loads(call.arguments)) for call in found] == calls
+        assert shown == ("" if calls else text)
 
 
 REFERENCE, DEFINITIONS = {"$ref": "#/$defs/n"}, {"n": {"type": "integer"}}

@@ -58,6 +58,11 @@ SCHEMAS = [
     | {"$defs": {"o": schema(x={"anyOf": [{"type": "integer"}, {"type": "null"}]})}},
 ]
 OTHER = schema(y={"type": "string"})
+ANSWERS: list[Any] = [
+    schema(k={"type": "string", "maxLength": 9}),
+    {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    {"enum": [False, None, "functools[", 5]},
+]
 
 
 @pytest.fixture(scope="module", params=["text", "special"])
@@ -105,6 +110,33 @@ def test_calls_follow_the_schemas_of_strict_tools(llm: LLM, tool_format: ToolFor
                     if name == "f":
                         jsonschema.validate(value, strict)
     assert found["f"] > 1 and found["f"] + found["g"] > 5 and found["text"] > 15, found
+
+
+@pytest.mark.parametrize("tool_format", FORMATS)
+def test_an_answer_is_calls_or_follows_the_response_format(
+    llm: LLM, tool_format: ToolFormat
+) -> None:
+    seed = random.randrange(2**32) if EXPLORE else 4
+    print(f"seed {seed}")
+    rng, found = random.Random(seed), Counter[str]()
+    for number in range(1000 if EXPLORE else 3):
+        strict, wanted = SCHEMAS[number % 3], ANSWERS[number % 3]
+        inner = {"name": "answer", "schema": wanted, "strict": True}
+        response_format = {"type": "json_schema", "json_schema": inner}
+        for markup, prompt, fields in scenes(tool_format):
+            asked = {"tools": tools(strict), "response_format": response_format, **fields}
+            walk = CallWalk(llm, markup, prompt, **asked)
+            for _ in range(5):
+                answer = walk.draw(rng, most=300)
+                if not answer.is_whole:
+                    continue
+                found["calls" if answer.calls else "text"] += 1
+                if not answer.calls:
+                    jsonschema.validate(json.loads(answer.shown), wanted)
+                assert not (answer.calls and answer.shown)
+                for name, arguments in answer.calls:
+                    jsonschema.validate(json.loads(arguments), strict if name == "f" else OTHER)
+    assert found["text"] > 3 and (found["calls"] > 1) == (tool_format != "llama3_json"), found
 
 
 TEXT, NUMBER = {"type": "string"}, {"type": "integer"}

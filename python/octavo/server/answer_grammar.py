@@ -8,8 +8,8 @@ from dataclasses import replace
 from octavo.server.answers import Markup
 from octavo.server.protocol import ChatBody, ChatFields
 from octavo.server.reasoning import ReasoningTags
-from octavo.server.structured import after_reasoning, as_tag, structured_field
-from octavo.server.tag_parts import Part
+from octavo.server.structured import after_reasoning, as_tag, part_of, structured_field
+from octavo.server.tag_parts import Part, one_of
 from octavo.server.tool_choice import call_mode, may_be_many, tools_of
 from octavo.server.tool_grammar import CallGrammar
 from octavo.structured_outputs import StructuredOutputs
@@ -19,9 +19,11 @@ def looked_for(body: ChatFields, markup: Markup) -> Markup:
     """What is looked for in the answer to `body`. markup: how the model writes."""
     if not isinstance(body, ChatBody):
         return markup
-    if call_mode(body, markup.tools) is None:
-        markup = replace(markup, tools=None)
+    mode = call_mode(body, markup.tools)
     is_whole = body.separate_reasoning is False or body.reasoning_format == "none"
+    # The beginning of an answer tells calls from a schema's JSON, if no thinking is left before it.
+    if mode is None or (mode == "either" and is_whole and markup.reasoning is not None):
+        markup = replace(markup, tools=None)
     return replace(markup, reasoning=None) if is_whole else markup
 
 
@@ -40,7 +42,8 @@ def answer_grammar(
         calls = CallGrammar(tools, found.tools, many=may_be_many(body))
         if mode == "steered":
             return as_tag(_in_text(calls, found.reasoning, prompt))
-        wanted = as_tag(calls.alone())
+        part = calls.alone(mode)
+        wanted = as_tag(part if asked is None else one_of([part, part_of(asked)]), asked)
     start = "behind" if tags is None else tags.start(prompt)
     if wanted is None or tags is None or start == "behind":
         return wanted

@@ -55,8 +55,10 @@ def call_mode(body: ChatBody, tool_format: ToolFormat | None) -> CallMode | None
     if field is None:
         return "free" if set(stricts) <= {None} else "steered"
     kind = (body.response_format or {}).get("type") if field == "response_format" else None
-    is_json = demands_json(body) or (kind == "json_object" and True in stricts)
-    if is_json:  # even where it looks like a call
+    is_json = kind in ("json_schema", "json_object")
+    if is_json and stricts and tool_format != "llama3_json":
+        return "either"
+    if demands_json(body) or (is_json and True in stricts):  # even where it looks like a call
         return None
     if True in stricts:
         raise bad_request(

@@ -1,10 +1,10 @@
-"""The parser of answers that a grammar has made calls and nothing else."""
+"""Parsers of answers that a grammar has made calls and nothing else, or a text without calls."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from octavo.server.tool_calls import Arguments, Piece, ToolCall
@@ -77,3 +77,44 @@ class ForcedParser(ToolParser):
                 if not self._depth:
                     return index + 1
         return None
+
+
+class EitherParser(ToolParser):
+    """Reads an answer that is calls and nothing else, or else a text in which no calls are.
+
+    calls: reads the calls. begins: what they begin with, and no text.
+    """
+
+    def __init__(self, calls: ToolParser, begins: Sequence[str]) -> None:
+        super().__init__()
+        self._calls, self._begins = calls, tuple(begins)
+        self._has_calls: bool | None = None  # None: it is not known yet
+        self._space: list[str] = []  # before what is held
+
+    @property
+    def is_inside(self) -> bool:
+        return self._calls.is_inside
+
+    def push(self, text: str) -> list[Piece]:
+        if self._has_calls is None:
+            text = self._held + text
+            self._held = text.lstrip()
+            self._space.append(text[: len(text) - len(self._held)])
+            has_calls = self._held.startswith(self._begins)
+            if not has_calls and any(each.startswith(self._held) for each in self._begins):
+                return []
+            self._has_calls, text = has_calls, self._take_held()
+        if self._has_calls:
+            return self._calls.push(text)
+        return [text] if text else []
+
+    def finish(self) -> list[Piece]:
+        if self._has_calls:
+            return self._calls.finish()
+        held = self._take_held()
+        return [held] if held else []
+
+    def _take_held(self) -> str:
+        held = "".join([*self._space, self._held])
+        self._space, self._held = [], ""
+        return held

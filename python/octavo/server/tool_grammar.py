@@ -120,13 +120,18 @@ class CallGrammar:
     def __init__(self, tools: Sequence[Tool], tool_format: ToolFormat, *, many: bool) -> None:
         self._tools, self._format, self._many = tools, tool_format, many
 
-    def alone(self) -> Part:
+    def alone(self, mode: CallMode) -> Part:
         """Calls and nothing else."""
-        writing = writing_of(self._format)
-        calls = [call.exactly() for call in self._calls("only")]
-        begin = one_of([*map(text, writing.begins)])
+        writing = writing_of(self._format, must_come=mode == "only")
+        calls = [call.exactly() for call in self._calls(mode)]
+        begins, end = writing.begins, text(writing.end)
+        if mode == "either" and self._format == "pythonic":
+            # JSON may begin as the list does, so it is one text with the name.
+            first = one_of([{**call, "begin": begins[0] + call["begin"]} for call in calls])
+            further = star(sequence(text(writing.separator), one_of(calls)))
+            return sequence(first, *([further] if self._many else []), end)
         block = tags_with_separator(calls, writing.separator, many=self._many)
-        return sequence(begin, block, text(writing.end))
+        return sequence(one_of([*map(text, begins)]), block, end)
 
     def in_text(self, special_but: Sequence[str]) -> Part:
         """Free text in which what opens a call must go on as one.

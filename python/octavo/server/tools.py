@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from octavo.server.tool_calls import Arguments, Piece, ToolCall, short_id
-from octavo.server.tool_forced import ForcedParser
+from octavo.server.tool_forced import EitherParser, ForcedParser
 from octavo.server.tool_parsers import (
     DeepSeekParser,
     GraniteParser,
@@ -45,9 +45,9 @@ ToolFormat = Literal[
     "deepseek_v31",
 ]
 
-# Calls anywhere in a text; the same, but a grammar writes the calls of tools; calls and nothing
-# else, by a grammar.
-CallMode = Literal["free", "steered", "only"]
+# Calls anywhere in a text; the same, but a grammar writes the calls of tools; either calls or a
+# text, by a grammar; calls and nothing else, by a grammar.
+CallMode = Literal["free", "steered", "either", "only"]
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,11 @@ def make_parser(tool_format: ToolFormat, mode: CallMode = "free", tools: Tools =
     writing = writing_of(tool_format, must_come=mode == "only")
     names = [writing.first(tool["function"]["name"]) for tool in tools]
     parser: ToolParser = way.parser(tools, names)
-    if mode == "only":
+    if mode == "only" or (mode == "either" and way.own is None):
         is_short = way.parser is MistralParser
         parser = ForcedParser(writing.head, short_id if is_short else None)
         parser = ForcedXmlParser(tools) if tool_format == "qwen3_coder" else parser
-    return parser
+    if mode != "either":
+        return parser
+    begins = [writing.begins[0] + writing.before + name for name in names]
+    return EitherParser(parser, getattr(way.parser, "opens", begins))
