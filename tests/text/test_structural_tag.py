@@ -238,6 +238,33 @@ def test_special_tokens_may_stand_in_free_text(made: tuple[Tokenizer, Grammars])
         assert allowed_tokens(matcher) == (set(), True)
 
 
+def test_special_tokens_may_stand_around_thinking(made: tuple[Tokenizer, Grammars]) -> None:
+    """As if they were not there: not between the two halves of what it begins with."""
+    tokenizer, grammars = made
+    special = sorted(tokenizer.special_ids.difference(tokenizer.eos_token_ids))[0]
+    free = {"type": "dispatch", "rules": [["<a>", NUMBER]], "special_but": ["<t>"]}
+    asked = wanted({**THINKING, "content": free})
+    cases: list[tuple[list[str], bool]] = [
+        (["#", " ", "#", "<t><a>x", "#", "</t>", "#", "<a>5"], True),
+        (["#", "x<t>", "#", "<a>5"], True),
+        (["#", "x<t><a>x"], False),
+        (["#", "<t", "#"], False),
+        (["#", "<t></t", "#"], False),
+        (["#", "<t></t><a>x"], False),
+    ]
+    for parts, is_one in cases:
+        matcher = grammars.compile(asked).matcher(continues=True)
+        tokens = [
+            token
+            for part in parts
+            for token in ([special] if part == "#" else tokenizer.encode(part, False))
+        ]
+        for token in tokens[:-1]:
+            assert token in allowed_tokens(matcher)[0], (parts, tokenizer.token(token))
+            matcher.accept(token)
+        assert (tokens[-1] in allowed_tokens(matcher)[0]) == is_one, parts
+
+
 def test_a_schema_is_closed_by_itself(made: tuple[Tokenizer, Grammars]) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     for closed in (True, False, None):

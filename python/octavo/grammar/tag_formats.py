@@ -236,11 +236,18 @@ class Separated(Format):
         return self._made(Sequence, elements=[self.content, others])
 
 
+class SpecialTokens(Format):
+    """Any number of special tokens, with space before them; no part of a user's structural tag."""
+
+    type: Literal["special_tokens"] = "special_tokens"
+    but: Names
+
+
 class AfterThinking(Format):
     """octavo's own: the content, or what a model thinks, and the content behind it.
 
     begin: what the thinking begins with, behind space; None: it has begun. It ends with `end`, or
-    with the text. There may be special tokens in it.
+    with the text. There may be special tokens in it, and before it.
     """
 
     type: Literal["after_thinking"] = "after_thinking"
@@ -254,9 +261,10 @@ class AfterThinking(Format):
         thinking = self._made(Dispatch, rules=rules, loop=False, special_but=[])
         if self.begin is None:
             return thinking
+        hidden = self._made(SpecialTokens, but=[self.begin])
         space = self._made(Regex, pattern=r"\s*")
         begin = self._made(ConstString, value=self.begin)
-        first = self._made(Sequence, elements=[space, begin, thinking])
+        first = self._made(Sequence, elements=[hidden, space, begin, thinking])
         return self._made(Or, elements=[first, self.content])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from octavo.errors import InvalidArgumentError
 from octavo.grammar.tag_formats import (
@@ -25,6 +25,7 @@ from octavo.grammar.tag_formats import (
     Repeated,
     Separated,
     Sequence,
+    SpecialTokens,
     Tag,
     TagsWithSeparator,
     Token,
@@ -37,6 +38,7 @@ Ends = tuple[str | int, ...] | None
 
 _EMPTY = '""'
 _ANY = "/(?s:.*)/"
+_SPACE = r"/\s*/"
 _MOST_GUARDED = 512  # characters of the strings whose beginnings are named one by one
 _SIGNS = {"optional": "?", "star": "*", "plus": "+"}
 
@@ -120,6 +122,9 @@ class TagRules:
             return self._write(part.content, ()) + _times(part)
         if isinstance(part, (JsonSchema, GrammarText)):
             return self._leaf(part)
+        if isinstance(part, SpecialTokens):
+            tokens = self._special_tokens(part.but)
+            return f"({self._name(_SPACE, letter='T')} {tokens})*" if tokens else _EMPTY
         raise TypeError(f"{type(part).__name__} is no format")
 
     def _terminal(self, part: Format, ends: Ends = None) -> str | None:
@@ -196,24 +201,29 @@ class TagRules:
         if part.special_but is None:
             return ""
         stops = [*(pattern for pattern, _ in part.rules), *(ends or ()), *(self._closing or ())]
-        texts = [each for each in (*stops, *part.excludes) if isinstance(each, str)]
-        named = [*texts, *part.special_but]
-        tokens = [
-            str(token)
-            for text, token in self._special.items()
-            if token not in stops and not any(text in each or each in text for each in named)
-        ]
+        others = [*part.excludes, *part.special_but]
+        texts = [each for each in (*stops, *others) if isinstance(each, str)]
         if sum(map(len, texts)) > _MOST_GUARDED:
             raise InvalidArgumentError(
                 f"{part.place}: special_but goes with patterns, excluded strings and ends of at "
                 f"most {_MOST_GUARDED} characters together; these have {sum(map(len, texts))}"
             )
         begins = dict.fromkeys(text[:length] for text in texts for length in range(1, len(text)))
-        free = self._free(part, ends)
+        tokens, free = self._special_tokens([*stops, *others]), self._free(part, ends)
         if begins:
             words = " | ".join(json.dumps(each, ensure_ascii=False) for each in begins)
             free = f"({free} & ~({_ANY} ({words})))"
-        return f"{self._name(free, letter='T')} <[{','.join(tokens)}]>" if tokens else ""
+        return tokens and f"{self._name(free, letter='T')} {tokens}"
+
+    def _special_tokens(self, but: Collection[str | int]) -> str:
+        """One of the special tokens, but these and those that have to do with these texts."""
+        texts = [each for each in but if isinstance(each, str)]
+        tokens = [
+            str(token)
+            for name, token in self._special.items()
+            if token not in but and not any(name in text or text in name for text in texts)
+        ]
+        return f"<[{','.join(tokens)}]>" if tokens else ""
 
     def _sequence(self, part: Sequence, ends: Ends) -> str:
         found: list[str] = []

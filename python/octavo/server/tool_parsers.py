@@ -300,14 +300,19 @@ class LeadingParser(ToolParser):
     def finish(self) -> list[Piece]:
         held = "".join([*self._kept, self._held])
         self._kept, self._held = [], ""
-        calls = self.read(held) if self._may_be_call and self._begins_as_known(held) else []
-        return [*calls] or ([held] if held else [])
+        begin = self._begin_of_calls(held) if self._may_be_call else -1
+        calls = self.read(held[begin:]) if begin >= 0 else []
+        if not calls:
+            return [held] if held else []
+        return [held[:begin], *calls] if held[:begin].strip() else [*calls]
 
-    def _begins_as_known(self, text: str) -> bool:
-        if self._names is None or text.lstrip().startswith(self.marks):
-            return True
-        names = "|".join(map(re.escape, self._names))
-        return re.match(f"{self.lead}(?:{names})", text) is not None
+    def _begin_of_calls(self, text: str) -> int:
+        """Where there may be calls, from there to the end; -1: nowhere."""
+        names = "|".join(map(re.escape, self._names or ()))
+        if self._names is None or re.match(f"{self.lead}(?:{names})", text):
+            return 0
+        found = [at for at in map(text.find, self.marks) if at >= 0]
+        return min(found, default=-1)
 
 
 class Llama3Parser(LeadingParser):
